@@ -1,0 +1,155 @@
+"""The policy: one forward that gives what the objective reads.
+
+(R) rows  (L) tokens of a row  (H) hidden size  (V) vocabulary
+(G) groups  (S) completions  (T) completion tokens  (D) embedding size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cpo_arabic.data.pack import PreferenceBatch
+from cpo_arabic.errors import ModelError
+from cpo_arabic.kernels import token_log_probs
+from cpo_arabic.modeling.encoder import EmbeddingSettings, embed, pool_keys, pool_queries
+from cpo_arabic.modeling.tree import hidden_states
+
+
+class Wanted(NamedTuple):
+    """What a forward is to compute; anything else is skipped, not thrown away."""
+
+    log_probs: bool = False
+    only_chosen: bool = False  # log-probabilities of the chosen completions alone
+    queries: bool = False
+    keys: bool = False
+
+
+class PolicyOutput(NamedTuple):
+    """Parts that were not wanted are None."""
+
+    log_probs: Tensor | None  # (S) float32 sums in nats; 0 for negatives under ``only_chosen``
+    queries: Tensor | None  # (G, D)
+    keys: Tensor | None  # (S, D)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers causal LM inside a model that peft may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def completion_log_probs(
+    model: nn.Module, hidden: Tensor, batch: PreferenceBatch, *, only_chosen: bool = False
+) -> Tensor:
+    """log π(y|x) of each completion, (S), summed in float32 over its tokens.
+
+    Args:
+        model: the language model whose head predicts.
+        hidden: (R, L, H) last hidden states.
+        batch: where the tokens lie.
+        only_chosen: leave the negatives' head work out; their sums are then 0.
+    """
+    predictors, targets, owners = (
+        batch.token_predictors, batch.token_targets, batch.token_completions,
+    )  # fmt: skip
+    if only_chosen:
+        kept = batch.completion_chosen[owners]
+        predictors, targets, owners = predictors[kept], targets[kept], owners[kept]
+    head = causal_lm(model).get_output_embeddings()
+    config = causal_lm(model).config
+    each = token_log_probs(
+        hidden.flatten(0, 1)[predictors],
+        head.weight,
+        targets,
+        bias=getattr(head, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    return each.new_zeros(len(batch.completion_lengths)).index_add(0, owners, each)
+
+
+class Policy(nn.Module):
+    """The language model that trains, with the contrastive projection head beside it."""
+
+    def __init__(
+        self, model: nn.Module, projection: nn.Module | None, embedding: EmbeddingSettings
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = projection
+        self.embedding = embedding
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder stack under the head, adapters included."""
+        decoder = causal_lm(self.model).get_decoder()
+        if not isinstance(decoder, nn.Module):
+            raise ModelError(f"{type(causal_lm(self.model)).__name__} has no decoder to train")
+        return decoder
+
+    def forward(
+        self, batch: PreferenceBatch, wanted: Wanted, dropout_seed: int | None = None
+    ) -> PolicyOutput:
+        """One pass over the batch's rows.
+
+        Args:
+            batch: rows or trees.
+            wanted: which parts to compute.
+            dropout_seed: of the embeddings' dropout masks (and of the model's own dropout, when it
+                has any), so that equal seeds give equal masks; None in evaluation.
+        """
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
+        hidden = hidden_states(self.decoder, batch)
+        log_probs = queries = keys = None
+        if wanted.log_probs:
+            log_probs = completion_log_probs(
+                self.model, hidden, batch, only_chosen=wanted.only_chosen
+            )
+        if wanted.queries:
+            seed = None if dropout_seed is None else 2 * dropout_seed
+            pooled = pool_queries(hidden, batch)
+            queries = embed(pooled, self.projection, self.embedding, dropout_seed=seed)
+        if wanted.keys:
+            seed = None if dropout_seed is None else 2 * dropout_seed + 1
+            pooled = pool_keys(hidden, batch).to(hidden.dtype)
+            keys = embed(pooled, self.projection, self.embedding, dropout_seed=seed)
+        return PolicyOutput(log_probs=log_probs, queries=queries, keys=keys)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name → parameter of everything that receives a gradient."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+class Reference:
+    """log π_ref of a batch's completions, (S), without gradient.
+
+    ``model`` None: the policy's own starting weights, that is its adapter switched off.
+    """
+
+    def __init__(self, policy: Policy, model: nn.Module | None = None) -> None:
+        self._policy = policy
+        self._model = model.eval().requires_grad_(False) if model is not None else None
+
+    @torch.no_grad()
+    def log_probs(self, batch: PreferenceBatch) -> Tensor:
+        """(S) float32 sums in nats."""
+        with self._active() as model:
+            hidden = hidden_states(causal_lm(model).get_decoder(), batch)
+            return completion_log_probs(model, hidden, batch)
+
+    @contextmanager
+    def _active(self) -> Iterator[nn.Module]:
+        if self._model is not None:
+            yield self._model
+            return
+        was_training = self._policy.training
+        self._policy.eval()
+        try:
+            with self._policy.model.disable_adapter():  # type: ignore[operator]
+                yield self._policy.model
+        finally:
+            self._policy.train(was_training)
