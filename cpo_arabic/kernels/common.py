@@ -1,0 +1,61 @@
+"""What both kernels share: the accumulation dtype, autocast off, tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "eager", "tiled", "triton"]
+"""``auto`` goes by the tensors' device; any other name is obeyed or refused, never replaced."""
+
+
+def choose_backend(asked: Backend) -> Backend:
+    """``asked``, or the one that "auto" stands for."""
+    if asked == "auto":
+        return "tiled"
+    if asked not in ("eager", "tiled"):
+        raise ValueError(f"backend must be auto, eager or tiled, not {asked!r}")
+    return asked
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything below it."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would turn the float32 products inside a kernel into lower ones."""
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+def spans(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Half-open intervals of at most ``size`` that cover ``range(length)``."""
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
+
+
+class Scratch:
+    """A buffer allocated once and lent, reshaped, to every tile in turn.
+
+    A fresh megabyte-sized tensor per tile would be mapped, faulted in and unmapped again by the
+    CPU allocator; at 30 to 300 tiles a call that costs more than the softmax does.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=like.device)
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns), contiguous, of undefined content; the earlier loan ends."""
+        if self._flat.numel() < rows * columns:
+            self._flat = self._flat.new_empty(rows * columns)
+        return self._flat[: rows * columns].view(rows, columns)
+
+    def load(self, source: Tensor) -> Tensor:
+        """``source`` itself where it already has the buffer's dtype, else a converted copy."""
+        if source.dtype == self._flat.dtype:
+            return source
+        return self.take(*source.shape).copy_(source)

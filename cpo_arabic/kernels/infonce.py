@@ -1,0 +1,284 @@
+"""InfoNCE over in-batch keys and a queue, without the [queries, keys + queue] matrix.
+
+Equation, for query b with positive key k⁺ and unmasked negatives j = 1 … N_b::
+
+    s_j  = q · k_j          z⁺ = (q · k⁺ − margin) / τ          a = 1/τ + β
+    lse  = LSE_j(a·s_j) − LSE_j(β·s_j) + log N_b
+    loss = −z⁺ + log(exp z⁺ + exp lse) = softplus(lse − z⁺)             (0 where N_b = 0)
+
+    ∂loss/∂q   = σ(lse − z⁺) · (Σ_j (a·p_j − β·r_j) k_j − k⁺/τ)
+    ∂loss/∂k_j = σ(lse − z⁺) · (a·p_j − β·r_j) q                        p = softmax(a·s)
+    ∂loss/∂k⁺  = −σ(lse − z⁺) · q/τ                                     r = softmax(β·s)
+
+β = 0 is the loss of van den Oord et al. 2018 (arXiv 1807.03748); β > 0 weights every negative by
+exp(β·s) over its mean, Robinson et al. 2021 (arXiv 2010.04592). The queue is He et al. 2020's
+(arXiv 1911.05722). Keeping the positive out of the log-sum-exp and finishing with softplus keeps
+float32 accurate where the positive dominates: 1 − p⁺ is never formed by subtraction.
+
+One pass over keys and queue keeps, per query, the running maximum, both exponential sums and both
+weighted key sums (Milakov & Gimelshein 2018, arXiv 1805.02867; the weighted sum as in Dao et al.
+2022, arXiv 2205.14135). That is already the query's gradient up to the incoming factor, so
+backward passes over the live keys only, when they need a gradient, and never over the queue.
+
+Shapes: B queries, N live keys, Q queue entries, D dimensions, n keys of one tile, S scales (1 or 2)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cpo_arabic.kernels.common import Scratch, accumulation_dtype, spans, without_autocast
+from cpo_arabic.kernels.reference import excluded_pairs
+
+TILE_ELEMENTS = 1 << 18
+"""Similarities of one tile: 1 MiB in float32, which stays in a core's second-level cache."""
+TILE_KEYS = (128, 4096)
+"""Fewest and most keys of one tile: fewer starve the product, more spill a converted tile."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of one call, without the gradient's side of things."""
+
+    queries: Tensor  # (B, D) in the accumulation dtype
+    keys: Tensor  # (N, D)
+    positives: Tensor  # (B,)
+    query_labels: Tensor  # (B, 3)
+    key_labels: Tensor  # (N, 3)
+    queue: Tensor | None  # (Q, D)
+    queue_labels: Tensor | None  # (Q, 3)
+    queue_scale: Tensor | None  # (Q,)
+    temperature: float
+    concentration: float
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The sharpnesses at which exponentials are summed: a, and β unless it is 0."""
+        sharp = 1 / self.temperature + self.concentration
+        return (sharp, self.concentration) if self.concentration else (sharp,)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over all negatives leaves behind."""
+
+    peak: Tensor  # (B,) largest similarity; −inf without a negative
+    totals: Tensor  # (S, B) Σ_j exp(scale · (s_j − peak))
+    count: Tensor  # (B,) negatives
+    means: Tensor | None  # (S, B, D) Σ_j softmax_j(scale · s) k_j
+
+
+class Body(Protocol):
+    """The two loops that a backend provides."""
+
+    def sweep(self, problem: Problem, *, want_means: bool) -> Sweep: ...
+
+    def key_gradient(
+        self, problem: Problem, peak: Tensor, totals: Tensor, rate: Tensor
+    ) -> Tensor: ...
+
+
+class InfoNCEFunction(torch.autograd.Function):
+    """Differentiable in ``queries`` and ``keys``, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        positives: Tensor,
+        query_labels: Tensor,
+        key_labels: Tensor,
+        queue: Tensor | None,
+        queue_labels: Tensor | None,
+        queue_scale: Tensor | None,
+        temperature: float,
+        margin: float,
+        concentration: float,
+        body: Body,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with without_autocast(queries.device):
+            q = queries.to(accumulation_dtype(queries))
+            problem = Problem(
+                q, keys, positives, query_labels, key_labels, queue, queue_labels, queue_scale,
+                temperature, concentration,
+            )  # fmt: skip
+            result = body.sweep(problem, want_means=ctx.needs_input_grad[0])
+            positive_key = keys.index_select(0, positives).to(q.dtype)
+            positive = (q * positive_key).sum(1)
+            gap = _gap(problem, result, positive, margin)
+            loss = torch.logaddexp(gap, torch.zeros_like(gap))
+            rate = torch.sigmoid(gap)
+            direction = None
+            if result.means is not None:
+                direction = _pull(problem, result.means).sub_(positive_key / temperature)
+                direction.mul_(rate[:, None])
+        ctx.save_for_backward(
+            direction, queries, keys, positives, query_labels, key_labels, result.peak,
+            result.totals, rate,
+        )  # fmt: skip
+        ctx.settings = (temperature, concentration, body)
+        ctx.mark_non_differentiable(result.peak, positive)
+        return loss, result.peak, positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        direction, queries, keys, positives, query_labels, key_labels, peak, totals, rate = (
+            ctx.saved_tensors
+        )
+        temperature, concentration, body = ctx.settings
+        grad_queries = grad_keys = None
+        with without_autocast(queries.device):
+            if ctx.needs_input_grad[0]:
+                grad_queries = (grad_loss[:, None] * direction).to(queries.dtype)
+            if ctx.needs_input_grad[1]:
+                q = queries.to(rate.dtype)
+                problem = Problem(
+                    q, keys, positives, query_labels, key_labels, None, None, None,
+                    temperature, concentration,
+                )  # fmt: skip
+                pushed = grad_loss * rate
+                grad_keys = body.key_gradient(problem, peak, totals, pushed)
+                grad_keys.index_add_(0, positives, q * (pushed / -temperature)[:, None])
+                grad_keys = grad_keys.to(keys.dtype)
+        return (grad_queries, grad_keys, *[None] * 10)
+
+
+def _gap(problem: Problem, result: Sweep, positive: Tensor, margin: float) -> Tensor:
+    """(B,) lse − z⁺; −inf for a query without negatives.
+
+    a·peak − β·peak is peak/τ, so the large terms are subtracted as similarities, before 1/τ
+    magnifies their rounding.
+    """
+    logs = result.totals.log()
+    gap = (result.peak - positive + margin) / problem.temperature + logs[0]
+    if problem.concentration:
+        gap = gap - logs[1] + result.count.to(gap.dtype).log()
+    return gap.masked_fill(result.count == 0, -math.inf)
+
+
+def _pull(problem: Problem, means: Tensor) -> Tensor:
+    """(B, D) ∂lse/∂q = a Σ p_j k_j − β Σ r_j k_j."""
+    pull = means[0] * problem.scales[0]
+    return pull.sub_(means[1], alpha=problem.concentration) if len(means) > 1 else pull
+
+
+class TiledBody:
+    """Plain PyTorch, tile by tile, on any device."""
+
+    def __init__(self, tile: int | None = None) -> None:
+        self._tile = tile
+
+    def _tile_keys(self, queries: int) -> int:
+        fewest, most = TILE_KEYS
+        return self._tile or min(max(TILE_ELEMENTS // max(queries, 1), fewest), most)
+
+    def sweep(self, problem: Problem, *, want_means: bool) -> Sweep:
+        q, scales = problem.queries, problem.scales
+        peak = q.new_full((len(q),), -math.inf)
+        totals = q.new_zeros(len(scales), len(q))
+        count = q.new_full((len(q),), len(problem.keys) + _rows(problem.queue))
+        sums = q.new_zeros(len(scales), *q.shape) if want_means else None
+        weights = Scratch(q, q.dtype)
+        for rows, similarity, removed in self._tiles(problem):
+            count -= removed
+            raised = torch.maximum(peak, similarity.amax(1))
+            floor = raised.masked_fill(raised == -math.inf, 0.0)  # −inf − −inf is not a number
+            similarity.sub_(floor[:, None])
+            for index in reversed(range(len(scales))):
+                target = similarity if index == 0 else weights.take(*similarity.shape)
+                torch.mul(similarity, scales[index], out=target).exp_()
+                decay = (peak - floor).mul_(scales[index]).exp_()
+                totals[index].mul_(decay).add_(target.sum(1))
+                if sums is not None:
+                    sums[index].mul_(decay[:, None]).addmm_(target, rows)
+            peak = raised
+        if sums is not None:
+            sums /= totals.masked_fill(totals == 0, 1.0)[:, :, None]
+        return Sweep(peak, totals, count, sums)
+
+    def key_gradient(self, problem: Problem, peak: Tensor, totals: Tensor, rate: Tensor) -> Tensor:
+        """(N, D) Σ_b rate_b (a·p_bj − β·r_bj) q_b, the positives' own term left out."""
+        q = problem.queries
+        gradient = q.new_empty(problem.keys.shape)
+        floor = peak.masked_fill(peak == -math.inf, 0.0)[:, None]
+        start = 0
+        for rows, similarity, _ in self._tiles(problem):
+            similarity.sub_(floor)
+            part = gradient[start : start + len(rows)].zero_()
+            for sign, scale, total in zip((1.0, -1.0), problem.scales, totals, strict=False):
+                factor = sign * scale * rate / total.masked_fill(total == 0, 1.0)
+                part.addmm_(torch.exp(similarity * scale).T, q * factor[:, None])
+            start += len(rows)
+        return gradient
+
+    def _tiles(self, problem: Problem) -> Iterator[tuple[Tensor, Tensor, Tensor | int]]:
+        """Keys, then queue: (n, D) rows, (B, n) similarities with −inf where masked, (B,) removed.
+
+        The similarities live in a buffer that the next tile overwrites; the caller may, too.
+        """
+        q = problem.queries
+        size = self._tile_keys(len(q))
+        products, converted = Scratch(q, q.dtype), Scratch(q, q.dtype)
+        for start, stop in spans(len(problem.keys), size):
+            rows = converted.load(problem.keys[start:stop])
+            similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
+            excluded = excluded_pairs(problem.query_labels, problem.key_labels[start:stop])
+            excluded |= problem.positives[:, None] == torch.arange(start, stop, device=q.device)
+            yield rows, similarity.masked_fill_(excluded, -math.inf), excluded.sum(1)
+        if problem.queue is None or problem.queue_labels is None:
+            return
+        suspects = _Suspects(problem.query_labels)
+        for start, stop in spans(len(problem.queue), size):
+            rows = problem.queue[start:stop]
+            if problem.queue_scale is None:
+                rows = converted.load(rows)
+            else:
+                factor = problem.queue_scale[start:stop, None]
+                rows = torch.mul(rows, factor, out=converted.take(*rows.shape))
+            similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
+            yield rows, similarity, suspects.mask(similarity, problem.queue_labels[start:stop])
+
+
+class _Suspects:
+    """Finds the few queue entries that some query must not see, without comparing all pairs.
+
+    A binary search in the queries' sorted texts and prompts costs n·log B per tile where the
+    comparison costs B·n. It reads a count back to the host, so only the CPU takes it; elsewhere
+    all pairs are compared.
+    """
+
+    def __init__(self, query_labels: Tensor) -> None:
+        self._labels = query_labels
+        self._sorted = [query_labels[:, column].sort().values for column in (1, 2)]
+
+    def mask(self, similarity: Tensor, labels: Tensor) -> Tensor | int:
+        """Puts −inf at the excluded pairs of one tile; (B,) how many each query lost."""
+        if labels.device.type != "cpu":
+            excluded = excluded_pairs(self._labels, labels)
+            similarity.masked_fill_(excluded, -math.inf)
+            return excluded.sum(1)
+        found = self._known(labels[:, 1], 0) | self._known(labels[:, 2], 1)
+        columns = found.nonzero()[:, 0]
+        if not len(columns):
+            return 0
+        excluded = excluded_pairs(self._labels, labels[columns])
+        similarity[:, columns] = similarity[:, columns].masked_fill_(excluded, -math.inf)
+        return excluded.sum(1)
+
+    def _known(self, values: Tensor, which: int) -> Tensor:
+        table = self._sorted[which]
+        place = torch.searchsorted(table, values.contiguous()).clamp_max_(len(table) - 1)
+        return table[place] == values
+
+
+def _rows(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else len(tensor)

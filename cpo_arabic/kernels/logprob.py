@@ -1,0 +1,385 @@
+"""Log-probabilities of given tokens under a language-model head, without the [T, V] matrix.
+
+Equation, for row t with target y::
+
+    z_v   = cap(scale · (h · W_v + b_v))        cap(x) = c·tanh(x/c), or x where there is no cap
+    gap   = LSE_{v≠y}(z_v) − z_y
+    log p = z_y − LSE_v(z_v) = −softplus(gap)
+
+    ∂log p/∂h   = scale · σ(gap) · (cap'_y W_y − Σ_{v≠y} p_v cap'_v W_v)    p_v = exp z_v / Σ_{u≠y}
+    ∂log p/∂W_v = scale · σ(gap) · ([v = y] cap'_y − [v ≠ y] p_v cap'_v) h
+
+The target stays out of the log-sum-exp for the reason it does in :mod:`.infonce`: where the model
+is sure, 1 − p_y is computed, not subtracted. The sum over V is taken tile by tile with a running
+maximum (Milakov & Gimelshein 2018, arXiv 1805.02867); that the matrix need not exist is Wijmans
+et al. 2024 (Cut Cross-Entropy, arXiv 2411.09009).
+
+Three modes, chosen by what needs a gradient. T rows, D features, V tokens; multiply-adds × 2:
+
+    nothing            2·D·V·T    running maximum and sum only
+    hidden only        4·D·V·T    forward accumulates U = Σ p_v cap'_v W_v beside the sum, (T, D) is
+    (frozen head)                 all that is saved, backward multiplies it by the incoming gradient
+    weight or bias     8·D·V·T    backward recomputes each tile of logits, or reads it back where it
+    (trained head)     6·D·V·T    was kept: as many tiles as fit in ``memory_budget`` bytes are kept
+
+Backward goes vocabulary tile by vocabulary tile, so a slice of W's gradient is complete before the
+next is begun and nothing accumulates in a dtype below float32.
+
+Shapes: T rows, D features, V tokens, t rows of one tile, v tokens of one tile
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cpo_arabic.kernels.common import Scratch, accumulation_dtype, spans, without_autocast
+
+TILE_ROWS = 1024
+TILE_ELEMENTS = 1 << 20
+"""Logits of one tile: 4 MiB in float32."""
+TILE_TOKENS = (512, 8192)
+"""Fewest and most tokens of one tile."""
+MEMORY_BUDGET = 48 << 20
+"""Bytes of logits that a trained head may keep from forward to backward by default."""
+
+
+class Head(NamedTuple):
+    """One call's inputs in the form the loops want them."""
+
+    hidden: Tensor  # (T, D) times scale, accumulation dtype
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,) times scale, accumulation dtype
+    targets: Tensor  # (T,)
+    softcap: float | None
+
+
+class Tile(NamedTuple):
+    """Bounds of one tile of logits."""
+
+    row: int
+    row_end: int
+    token: int
+    token_end: int
+
+
+class Body(Protocol):
+    """The elementwise work on one (t, v) tile of logits, which a backend provides.
+
+    ``local`` (t,) is each row's target counted from the tile's first token; it lies outside
+    [0, v) for the rows whose target is in another tile.
+    """
+
+    def absorb(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        peak: Tensor,
+        total: Tensor,
+        *,
+        softcap: float | None,
+        out: Tensor,
+        with_slope: bool,
+    ) -> Tensor:
+        """Adds a tile to the running (t,) ``peak`` and ``total``; (t,) factor on older sums.
+
+        ``logits`` are left capped with −inf at the targets; ``out``, which may be ``logits``, gets
+        exp(logits − peak), times the cap's slope if ``with_slope``.
+        """
+        ...
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        log_sum: Tensor,
+        slope: Tensor,
+        *,
+        softcap: float | None,
+        capped: bool,
+        out: Tensor,
+    ) -> None:
+        """``out`` = p_v cap'_v, and −cap'_y (``slope``) at the targets.
+
+        ``capped`` logits are as ``absorb`` left them and stay as they are; others are raw, and
+        ``out`` may be the same memory.
+        """
+        ...
+
+
+class TokenLogProbsFunction(torch.autograd.Function):
+    """Differentiable in ``hidden``, ``weight`` and ``bias``, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        memory_budget: int,
+        body: Body,
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        trained = needs_weight or needs_bias
+        with without_autocast(hidden.device):
+            head = _head(hidden, weight, bias, targets, softcap, scale)
+            target_weight = weight.index_select(0, targets).to(head.hidden.dtype)  # (T, D)
+            target_logit, target_slope = _target_logits(head, target_weight)
+            log_sum, pulled, kept = _forward(
+                head, body, needs_hidden and not trained, memory_budget if trained else 0
+            )
+            gap = log_sum - target_logit
+            rate = torch.sigmoid(gap)
+            direction = None
+            if pulled is not None:
+                direction = target_weight.mul_(target_slope[:, None]).sub_(pulled)
+                direction.mul_((rate * scale)[:, None])
+        if trained:
+            ctx.save_for_backward(
+                hidden, weight, bias, targets, log_sum, rate, target_slope, *kept.values()
+            )
+            ctx.kept = list(kept)
+        else:
+            ctx.save_for_backward(direction)
+        ctx.settings = (softcap, scale, body, hidden.dtype)
+        return -torch.logaddexp(gap, torch.zeros_like(gap))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        softcap, scale, body, dtype = ctx.settings
+        needs = ctx.needs_input_grad[:3]
+        nothing = [None] * 5
+        with without_autocast(grad.device):
+            if not (needs[1] or needs[2]):
+                (direction,) = ctx.saved_tensors
+                return ((grad[:, None] * direction).to(dtype), None, None, *nothing)
+            hidden, weight, bias, targets, log_sum, rate, slope, *tiles = ctx.saved_tensors
+            head = _head(hidden, weight, bias, targets, softcap, scale)
+            kept = dict(zip(ctx.kept, tiles, strict=True))
+            gradients = _Gradients(head, needs, -grad * rate, scale)
+            _backward(head, body, log_sum, slope, kept, gradients)
+            return (*gradients.finish(dtype, bias), *nothing)
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    scale: float,
+) -> Head:
+    dtype = accumulation_dtype(hidden)
+    scaled = hidden.to(dtype) * scale if scale != 1.0 else hidden.to(dtype)
+    shift = None if bias is None else bias.to(dtype) * scale
+    return Head(scaled, weight, shift, targets, softcap)
+
+
+def _target_logits(head: Head, target_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(T,) capped logit of each target, and the cap's slope there."""
+    logit = (head.hidden * target_weight).sum(1)
+    if head.bias is not None:
+        logit = logit + head.bias.index_select(0, head.targets)
+    if head.softcap is None:
+        return logit, torch.ones_like(logit)
+    bent = torch.tanh(logit / head.softcap)
+    return head.softcap * bent, 1 - bent * bent
+
+
+def _forward(
+    head: Head, body: Body, want_pulled: bool, budget: int
+) -> tuple[Tensor, Tensor | None, dict[Tile, Tensor]]:
+    """(T,) log-sum-exp over the non-targets, (T, D) Σ p cap' W where wanted, the tiles kept."""
+    h = head.hidden
+    log_sum = h.new_empty(len(h))
+    pulled = torch.zeros_like(h) if want_pulled else None
+    kept: dict[Tile, Tensor] = {}
+    work, converted = Scratch(h, h.dtype), Scratch(h, h.dtype)
+    for row, row_end in spans(len(h), TILE_ROWS):
+        peak = h.new_full((row_end - row,), -math.inf)
+        total = torch.zeros_like(peak)
+        into = None if pulled is None else pulled[row:row_end]
+        for token, token_end in _token_spans(head):
+            tile = Tile(row, row_end, token, token_end)
+            weight = converted.load(head.weight[token:token_end])
+            scratch = work.take(row_end - row, token_end - token)
+            size = scratch.numel() * scratch.element_size()
+            logits = scratch
+            if size <= budget:
+                budget -= size
+                logits = kept[tile] = torch.empty_like(scratch)
+            _product(head, tile, weight, logits)
+            local = head.targets[row:row_end] - token
+            decay = body.absorb(
+                logits, local, peak, total,
+                softcap=head.softcap, out=scratch, with_slope=into is not None,
+            )  # fmt: skip
+            if into is not None:
+                into.mul_(decay[:, None]).addmm_(scratch, weight)
+        log_sum[row:row_end] = total.log() + peak
+        if into is not None:
+            into.div_(total.masked_fill(total == 0, 1.0)[:, None])
+    return log_sum, pulled, kept
+
+
+def _backward(
+    head: Head,
+    body: Body,
+    log_sum: Tensor,
+    slope: Tensor,
+    kept: dict[Tile, Tensor],
+    gradients: _Gradients,
+) -> None:
+    """Feeds every tile of ∂(−log p / σ(gap))/∂z to ``gradients``, vocabulary outermost."""
+    h = head.hidden
+    work, converted = Scratch(h, h.dtype), Scratch(h, h.dtype)
+    for token, token_end in _token_spans(head):
+        weight = converted.load(head.weight[token:token_end])
+        part = gradients.begin(token, token_end)
+        for row, row_end in spans(len(h), TILE_ROWS):
+            tile = Tile(row, row_end, token, token_end)
+            out = work.take(row_end - row, token_end - token)
+            logits = kept.get(tile)
+            if logits is None:
+                _product(head, tile, weight, out)
+            body.differentiate(
+                out if logits is None else logits,
+                head.targets[row:row_end] - token,
+                log_sum[row:row_end],
+                slope[row:row_end],
+                softcap=head.softcap,
+                capped=logits is not None,
+                out=out,
+            )
+            gradients.add(tile, out, weight, part)
+        gradients.end(token, token_end, part)
+
+
+def _token_spans(head: Head) -> Iterator[tuple[int, int]]:
+    fewest, most = TILE_TOKENS
+    rows = max(min(len(head.hidden), TILE_ROWS), 1)
+    return spans(len(head.weight), min(max(TILE_ELEMENTS // rows, fewest), most))
+
+
+def _product(head: Head, tile: Tile, weight: Tensor, out: Tensor) -> None:
+    """(t, v) scale·(h Wᵀ + b) of one tile, before the cap, into ``out``."""
+    hidden = head.hidden[tile.row : tile.row_end]
+    if head.bias is None:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        torch.addmm(head.bias[tile.token : tile.token_end], hidden, weight.T, out=out)
+
+
+class _Gradients:
+    """Accumulates what is wanted of ∂/∂hidden, ∂/∂weight, ∂/∂bias and nothing else.
+
+    A tile G arrives without its rows' factors; they are put on the (T, D) hidden states, which
+    enter W's gradient, and on the finished gradient of hidden, never on a tile.
+    """
+
+    def __init__(self, head: Head, needs: tuple[bool, ...], factors: Tensor, scale: float) -> None:
+        h = head.hidden
+        self._factors, self._scale = factors, scale
+        self._hidden = torch.zeros_like(h) if needs[0] else None
+        self._weight = torch.empty_like(head.weight) if needs[1] else None
+        self._bias = h.new_zeros(len(head.weight)) if needs[2] else None
+        self._scaled_hidden = h * factors[:, None]
+        self._slice = Scratch(h, h.dtype)
+
+    def begin(self, token: int, token_end: int) -> Tensor | None:
+        """(v, D) zeros where this slice of W's gradient accumulates in the accumulation dtype."""
+        if self._weight is None:
+            return None
+        mine = self._weight[token:token_end]
+        same = mine.dtype == self._factors.dtype
+        return (mine if same else self._slice.take(*mine.shape)).zero_()
+
+    def add(self, tile: Tile, gradient: Tensor, weight: Tensor, part: Tensor | None) -> None:
+        rows = slice(tile.row, tile.row_end)
+        if self._hidden is not None:
+            self._hidden[rows].addmm_(gradient, weight)
+        if part is not None:
+            part.addmm_(gradient.T, self._scaled_hidden[rows])
+        if self._bias is not None:
+            self._bias[tile.token : tile.token_end].addmv_(gradient.T, self._factors[rows])
+
+    def end(self, token: int, token_end: int, part: Tensor | None) -> None:
+        if self._weight is not None and part is not None and part.dtype != self._weight.dtype:
+            self._weight[token:token_end] = part
+
+    def finish(self, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        if self._hidden is not None:
+            self._hidden.mul_((self._factors * self._scale)[:, None])
+            self._hidden = self._hidden.to(dtype)
+        if self._bias is not None and bias is not None:
+            self._bias = self._bias.mul_(self._scale).to(bias.dtype)
+        return self._hidden, self._weight, self._bias
+
+
+class TiledBody:
+    """Plain PyTorch on one tile, on any device."""
+
+    def absorb(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        peak: Tensor,
+        total: Tensor,
+        *,
+        softcap: float | None,
+        out: Tensor,
+        with_slope: bool,
+    ) -> Tensor:
+        slope = None
+        if softcap is not None:
+            logits.div_(softcap).tanh_()
+            slope = 1 - logits * logits if with_slope else None
+            logits.mul_(softcap)
+        _put_at_target(logits, local, torch.full_like(peak, -math.inf))
+        raised = torch.maximum(peak, logits.amax(1))
+        floor = raised.masked_fill(raised == -math.inf, 0.0)  # −inf − −inf is not a number
+        torch.sub(logits, floor[:, None], out=out).exp_()
+        decay = (peak - floor).exp_()
+        total.mul_(decay).add_(out.sum(1))
+        peak.copy_(raised)
+        if slope is not None:
+            out.mul_(slope)
+        return decay
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        log_sum: Tensor,
+        slope: Tensor,
+        *,
+        softcap: float | None,
+        capped: bool,
+        out: Tensor,
+    ) -> None:
+        bend = None
+        if softcap is not None:
+            bend = logits / softcap
+            if not capped:
+                logits = torch.mul(bend.tanh_(), softcap, out=out)
+            bend = bend.square_().neg_().add_(1.0)
+        torch.sub(logits, log_sum[:, None], out=out).exp_()
+        if bend is not None:
+            out.mul_(bend)
+        _put_at_target(out, local, -slope)
+
+
+def _put_at_target(tile: Tensor, local: Tensor, value: Tensor) -> None:
+    """tile[t, local[t]] = value[t] for the rows whose target lies in this tile."""
+    column = local.clamp(0, tile.shape[1] - 1)[:, None]
+    inside = (local == column[:, 0])[:, None]
+    tile.scatter_(1, column, torch.where(inside, value[:, None], tile.gather(1, column)))
