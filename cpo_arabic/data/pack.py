@@ -1,4 +1,4 @@
-"""Groups of token ids → one PreferenceBatch of plain tensors.
+"""Groups of token ids → one PreferenceBatch of plain tensors, and which groups share a batch.
 
 (R) rows  (L) tokens of a row  (G) groups  (S) completions  (T) completion tokens
 
@@ -13,10 +13,22 @@ everything lies, by flat indices into (R·L), so that nothing downstream depends
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import heapq
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from cpo_arabic.errors import DataError
+
+Padding = Literal["max_length", "longest", "packed"]
+
+WINDOW_BATCHES = 32
+"""Batches whose rows ``plan_batches`` may exchange with each other to even out their lengths."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +76,253 @@ class PreferenceBatch:
     prompt_keys: Tensor  # (G) text hashes
     group_rows: Tensor  # (G) the record's row number
     padding_share: float  # padded positions / all positions
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        """The batch with its tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PreferenceBatch:
+        """The batch in page-locked memory, from where ``to(..., non_blocking=True)`` overlaps."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
+
+
+def collate(
+    groups: Sequence[TokenizedGroup],
+    *,
+    padding: Padding,
+    pad_id: int,
+    max_length: int,
+    max_tokens_per_row: int,
+) -> PreferenceBatch:
+    """Lay the groups out in rows; they keep their order in every numbering, whatever row they get.
+
+    ``max_length`` is the row length of ``padding="max_length"``, ``max_tokens_per_row`` the budget
+    of a packed row (see :func:`pack_rows`); each is unused by the other layouts. In the layouts
+    with one completion a row, ``prompt_ends`` points into the chosen completion's row.
+    """
+    _refuse_empty(groups)
+    if padding == "packed":
+        places = _places_in_trees(groups, max_tokens_per_row)
+    else:
+        places = _places_in_rows(groups, max_length if padding == "max_length" else None)
+    return _batch(groups, places, pad_id)
+
+
+def pack_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Share out items of ``sizes`` tokens over as few rows of ``budget`` tokens as are needed.
+
+    First-fit-decreasing finds how many rows there must be; since the longest row sets the width of
+    all, the items are then dealt largest first to the emptiest row, and the narrower of the two
+    arrangements is taken. An item above the budget raises the budget of this batch to its size:
+    the rows are as wide as it anyway. Deterministic; items in a row and rows by their first item
+    are in the order given.
+    """
+    budget = max(budget, *sizes)
+    largest_first = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
+    fitted: list[list[int]] = []
+    room: list[int] = []
+    for item in largest_first:
+        row = next((r for r, left in enumerate(room) if left >= sizes[item]), len(fitted))
+        if row == len(fitted):
+            fitted.append([])
+            room.append(budget)
+        fitted[row].append(item)
+        room[row] -= sizes[item]
+
+    dealt = _deal(largest_first, sizes, rows=len(fitted), capacity=len(sizes))
+    rows = min(fitted, dealt, key=lambda rows: max(sum(sizes[i] for i in row) for row in rows))
+    return sorted(sorted(row) for row in rows)
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, padding: Padding
+) -> list[list[int]]:
+    """Which rows of the data set make which micro-batch: a pure function of (seed, epoch).
+
+    Every row occurs once and every batch has ``batch_size`` rows, save that the last takes what is
+    left. Rows are shuffled; then, within windows of ``WINDOW_BATCHES`` batches only, ``longest``
+    puts rows of like length together (little padding), and ``packed`` gives every batch about the
+    same number of tokens (packed rows equally full, peak memory even). The order of the batches in
+    a window is shuffled again, so that no epoch runs from short to long.
+    """
+    shuffler = random.Random(f"batches of seed {seed}, epoch {epoch}")
+    order = list(range(len(lengths)))
+    shuffler.shuffle(order)
+    whole = len(order) - len(order) % batch_size
+
+    batches: list[list[int]] = []
+    for start in range(0, whole, WINDOW_BATCHES * batch_size):
+        window = order[start : min(start + WINDOW_BATCHES * batch_size, whole)]
+        if padding != "max_length":
+            window.sort(key=lambda row: -lengths[row])  # stable: ties stay shuffled
+        count = len(window) // batch_size
+        if padding == "packed":
+            made = _deal(window, lengths, rows=count, capacity=batch_size)
+        else:
+            made = [window[i * batch_size : (i + 1) * batch_size] for i in range(count)]
+        shuffler.shuffle(made)
+        batches += made
+    return batches + [order[whole:]] * (whole < len(order))
+
+
+def _deal(
+    items: Iterable[int], sizes: Sequence[int], *, rows: int, capacity: int
+) -> list[list[int]]:
+    """Give the items one by one to the row that has the fewest tokens and still has a place."""
+    dealt: list[list[int]] = [[] for _ in range(rows)]
+    emptiest = [(0, row) for row in range(rows)]
+    for item in items:
+        load, row = heapq.heappop(emptiest)
+        dealt[row].append(item)
+        if len(dealt[row]) < capacity:
+            heapq.heappush(emptiest, (load + sizes[item], row))
+    return dealt
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Flat positions in (R·L). Prompts may have several copies, completions have one."""
+
+    shape: tuple[int, int]  # R, L
+    prompt_copies: list[tuple[int, int]]  # group, flat start
+    own_prompts: list[int]  # (S) flat start of the prompt copy each completion continues
+    completions: list[int]  # (S) flat start
+    trees: tuple[Tree, ...] | None
+
+
+def _places_in_rows(groups: Sequence[TokenizedGroup], length: int | None) -> _Places:
+    """One completion a row after its own copy of the prompt; ``length`` None: the longest's."""
+    owners = [g for g, group in enumerate(groups) for _ in group.completion_ids]
+    prompts = [len(groups[g].prompt_ids) for g in owners]
+    ends = [p + len(ids) for p, ids in zip(prompts, _completions(groups), strict=True)]
+    width = max(ends) if length is None else length
+    if (worst := max(ends)) > width:
+        row = groups[owners[ends.index(worst)]].row
+        raise DataError(
+            f"row {row}: prompt and completion have {worst} tokens and max_length is {width}. "
+            "Truncate, or raise max_length."
+        )
+    starts = [row * width for row in range(len(owners))]
+    return _Places(
+        shape=(len(owners), width),
+        prompt_copies=list(zip(owners, starts, strict=True)),
+        own_prompts=starts,
+        completions=[start + p for start, p in zip(starts, prompts, strict=True)],
+        trees=None,
+    )
+
+
+def _places_in_trees(groups: Sequence[TokenizedGroup], budget: int) -> _Places:
+    """Every group once, as a tree, several trees to a row."""
+    branches = [tuple(map(len, group.completion_ids)) for group in groups]
+    sizes = [len(g.prompt_ids) + sum(b) for g, b in zip(groups, branches, strict=True)]
+    rows = pack_rows(sizes, budget)
+    width = max(sum(sizes[g] for g in row) for row in rows)
+
+    trees: dict[int, Tree] = {}
+    for r, row in enumerate(rows):
+        start = 0
+        for g in row:
+            trees[g] = Tree(r, start, len(groups[g].prompt_ids), branches[g])
+            start += sizes[g]
+    own_prompts: list[int] = []
+    completions: list[int] = []
+    for g in range(len(groups)):
+        flat = trees[g].row * width + trees[g].start
+        branch = flat + trees[g].prompt_length
+        for length in branches[g]:
+            own_prompts.append(flat)
+            completions.append(branch)
+            branch += length
+    return _Places(
+        shape=(len(rows), width),
+        prompt_copies=[(g, trees[g].row * width + trees[g].start) for g in range(len(groups))],
+        own_prompts=own_prompts,
+        completions=completions,
+        trees=tuple(trees[g] for g in range(len(groups))),
+    )
+
+
+def _batch(groups: Sequence[TokenizedGroup], places: _Places, pad_id: int) -> PreferenceBatch:
+    """Tensors from places: the same arithmetic for every layout."""
+    targets = _int64(chain.from_iterable(_completions(groups)))  # (T)
+    lengths = _int64(len(ids) for ids in _completions(groups))  # (S)
+    owners = _int64(g for g, group in enumerate(groups) for _ in group.completion_ids)  # (S)
+    first = torch.ones_like(owners, dtype=torch.bool)
+    first[1:] = owners[1:] != owners[:-1]
+
+    prompt_lengths = _int64(len(group.prompt_ids) for group in groups)  # (G)
+    ends = _int64(places.own_prompts) + prompt_lengths[owners] - 1  # (S)
+    completions, offsets = _enumerate_runs(lengths)
+    positions = _int64(places.completions)[completions] + offsets
+    predictors = torch.where(offsets == 0, ends[completions], positions - 1)
+
+    copied = [groups[g].prompt_ids for g, _ in places.prompt_copies]
+    copies, prompt_offsets = _enumerate_runs(_int64(map(len, copied)))
+    prompt_positions = _int64(start for _, start in places.prompt_copies)[copies] + prompt_offsets
+
+    rows, width = places.shape
+    input_ids = torch.full((rows * width,), pad_id, dtype=torch.int64)
+    input_ids[prompt_positions] = _int64(chain.from_iterable(copied))
+    input_ids[positions] = targets
+    if places.trees is None:  # padding counts on: a restart would read as packing
+        position_ids = torch.arange(width).repeat(rows)
+    else:
+        position_ids = torch.zeros_like(input_ids)
+        position_ids[prompt_positions] = prompt_offsets
+        position_ids[positions] = prompt_lengths[owners][completions] + offsets
+
+    used = len(prompt_positions) + len(positions)
+    return PreferenceBatch(
+        input_ids=input_ids.view(rows, width),
+        position_ids=position_ids.view(rows, width),
+        trees=places.trees,
+        token_targets=targets,
+        token_predictors=predictors,
+        token_positions=positions,
+        token_completions=completions,
+        completion_lengths=lengths,
+        completion_groups=owners,
+        completion_chosen=first,
+        completion_keys=_int64(chain.from_iterable(group.completion_keys for group in groups)),
+        prompt_ends=ends[first],
+        prompt_keys=_int64(group.prompt_key for group in groups),
+        group_rows=_int64(group.row for group in groups),
+        padding_share=1.0 - used / (rows * width),
+    )
+
+
+def _refuse_empty(groups: Sequence[TokenizedGroup]) -> None:
+    """An empty prompt predicts nothing, an empty completion has no score."""
+    if not groups:
+        raise DataError("a batch needs at least one group")
+    for group in groups:
+        if not group.prompt_ids:
+            raise DataError(f"row {group.row}: the prompt has no tokens, it needs at least one")
+        if not group.completion_ids or not all(group.completion_ids):
+            raise DataError(f"row {group.row}: every completion needs at least one token")
+        if len(group.completion_keys) != len(group.completion_ids):
+            raise DataError(f"row {group.row}: one key is needed for each completion")
+
+
+def _completions(groups: Sequence[TokenizedGroup]) -> Iterable[list[int]]:
+    return chain.from_iterable(group.completion_ids for group in groups)
+
+
+def _int64(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
+
+
+def _enumerate_runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths (N) → for every element of the runs: which run, and how far into it.
+
+    ``[2, 3]`` → ``[0, 0, 1, 1, 1]``, ``[0, 1, 0, 1, 2]``.
+    """
+    runs = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    starts = lengths.cumsum(0) - lengths
+    return runs, torch.arange(len(runs)) - starts[runs]
