@@ -23,11 +23,12 @@ app = typer.Typer(
     help=(
         "Fine-tune Qwen-family models for Arabic by Contrastive Preference Optimization.\n\n"
         "One YAML file describes a run:\n\n"
-        "    cpo-arabic config init quick --output my.yaml   # a commented file to start from\n\n"
-        "    cpo-arabic validate-config my.yaml              # what is wrong, risky or slow\n\n"
-        "    cpo-arabic train my.yaml                        # train\n\n"
-        "Any value can be overridden: --set cpo.beta=0.2 wins over CPO_ARABIC_CPO__BETA=0.2, "
-        "which wins over the file."
+        "\b\n"
+        "  cpo-arabic config init quick -o my.yaml   a commented file to start from\n"
+        "  cpo-arabic validate-config my.yaml        what is wrong, risky or slow\n"
+        "  cpo-arabic train my.yaml                  train\n\n"
+        "Any value can be overridden: --set cpo.beta=0.2 wins over the variable "
+        "CPO_ARABIC_CPO__BETA=0.2, which wins over .env, which wins over the file."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -63,7 +64,3 @@ def main() -> None:
     except CPOArabicError as error:
         show_error(error)
         sys.exit(EXIT_REFUSED)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cpo_arabic.errors import Problem
+
 Severity = Literal["warning", "advice"]
 
 
@@ -23,3 +25,7 @@ class Finding:
     """Stable name of the check."""
     place: str = ""
     """Where the value stands; empty for a default."""
+
+    def as_problem(self) -> Problem:
+        """The finding where it counts as an error."""
+        return Problem(self.message, self.remedy, self.field, source=self.place)

@@ -42,6 +42,12 @@ class LoadedConfig:
     findings: tuple[Finding, ...]
     """Warnings and advice."""
 
+    def placed(self, finding: Finding) -> Finding:
+        """The finding with the place of the value it is about."""
+        origin = self.provenance[finding.field]
+        by_hand = origin.kind not in ("default", "resolved")
+        return replace(finding, place=str(origin)) if by_hand else finding
+
 
 def load_config(
     path: str | Path | None,
@@ -86,13 +92,8 @@ def _loaded(written: CPOConfig, settings: Mapping[str, Setting]) -> LoadedConfig
     provenance |= {path: setting.origin for path, setting in settings.items()}
     for path, resolution in resolutions(written.sections()).items():
         provenance[path] = Origin("resolved", name=resolution.follows)
-    found = tuple(
-        replace(finding, place=str(settings[finding.field].origin))
-        if finding.field in settings
-        else finding
-        for finding in findings(written)
-    )
-    return LoadedConfig(written.resolved(), written, provenance, found)
+    loaded = LoadedConfig(written.resolved(), written, provenance, ())
+    return replace(loaded, findings=tuple(map(loaded.placed, findings(written))))
 
 
 def _sections(
