@@ -14,6 +14,7 @@ import typer
 
 from cpo_arabic import __version__
 from cpo_arabic.cli import config as config_verbs
+from cpo_arabic.cli import train as train_verbs
 from cpo_arabic.errors import CPOArabicError
 
 EXIT_REFUSED = 2
@@ -52,6 +53,7 @@ def _root(
     pass
 
 
+train_verbs.register(app)
 config_verbs.register(app)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Lt
 from pydantic import AfterValidator, Field
 
 from cpo_arabic.config.base import Follows, Section
@@ -32,12 +31,6 @@ def _not_empty(files: TrainFiles) -> TrainFiles:
     return files
 
 
-def _fraction(value: float) -> float:
-    if value >= 1:
-        raise ValueError(f"is not a fraction in [0, 1); for {value:g} % write {value / 100:g}")
-    return value
-
-
 class CPODataConfig(Section):
     """Where preference data comes from, and how rows become token sequences."""
 
@@ -61,9 +54,7 @@ class CPODataConfig(Section):
     """Folder for prepared data and precomputed scores; null takes the user's cache folder."""
     max_samples: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Training rows that are used, drawn after shuffling by the seed; null uses all."""
-    validation_split_percentage: Annotated[float, Field(ge=0), AfterValidator(_fraction), Lt(1)] = (
-        0.1
-    )
+    validation_split_percentage: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Fraction in [0, 1) of training rows held out where no validation file is (0.1 = 10 %)."""
     preprocessing_num_workers: Annotated[int, Field(ge=1, le=1024)] = 4
     """Processes that tokenise; the result does not depend on their number."""

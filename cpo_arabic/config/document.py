@@ -94,6 +94,8 @@ class Node:
     text: str = ""
     plain: bool = False
     flow: bool = False
+    anchored: bool = False
+    """Whether an alias may stand for it elsewhere."""
     size: int = 1
     items: list[Node] = field(default_factory=list)
     """The members of a list; keys and values in turn of a mapping."""
@@ -104,7 +106,8 @@ class Node:
 
     def written(self) -> str:
         """The value as it stands in the text."""
-        return shortened(self.source.text[self.start : self.end].strip() or "null")
+        text = self.source.text[self.start : self.end].strip() or "null"
+        return shortened("\n".join(map(line_without_secrets, text.split("\n"))))
 
     def problem(self, rule: str, remedy: str) -> Problem:
         """A problem at this value."""
@@ -257,6 +260,7 @@ class _Builder:
             )
         node = Node(kind, at, event.end_mark.index, self.source)
         if event.anchor is not None:
+            node.anchored = True
             self.anchors[event.anchor] = node
         return node
 

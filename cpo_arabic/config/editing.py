@@ -51,7 +51,7 @@ def _one(text: str, section: str, field: str, value: str, name: str) -> str:
         return _new_section(text, root, f"{section}:", f"  {field}: {value}")
     if home.kind != "mapping":
         return _fill_empty(text, home, field, value)
-    if home.start < root.start or _is_shared(home, root):
+    if home.anchored:
         raise _refused(home, section)
     old = _member(home, field)
     if old is not None:
@@ -61,11 +61,6 @@ def _one(text: str, section: str, field: str, value: str, name: str) -> str:
 
 def _member(mapping: Node, name: str) -> Node | None:
     return next((value for key, value in mapping.pairs() if key.text == name), None)
-
-
-def _is_shared(node: Node, root: Node) -> bool:
-    """Whether the node stands in the tree more than once, through an alias."""
-    return sum(value is node for _, value in root.pairs()) > 1
 
 
 def _refused(node: Node, what: str) -> ConfigError:
@@ -80,10 +75,10 @@ def _refused(node: Node, what: str) -> ConfigError:
 
 
 def _replaced(text: str, home: Node, old: Node, field: str, value: str) -> str:
-    key = next(key for key, node in home.pairs() if node is old)
-    if old.start < key.end or "&" in text[key.end : old.start]:
+    if old.anchored:
         raise _refused(old, field)
     if old.start == old.end:  # `field:` with nothing after it
+        key = next(key for key, node in home.pairs() if node is old)
         at = text.index(":", key.end) + 1
         return f"{text[:at]} {value}{text[at:]}"
     written = text[old.start : old.end]

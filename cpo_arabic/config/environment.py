@@ -10,7 +10,7 @@ from pathlib import Path
 from dotenv.parser import parse_stream
 
 from cpo_arabic.config.characters import escaped, shortened
-from cpo_arabic.config.fields import all_fields, closest, did_you_mean
+from cpo_arabic.config.fields import SECTIONS, all_fields, closest, did_you_mean
 from cpo_arabic.config.settings import Collected, Origin, from_text
 from cpo_arabic.config.textfile import read_text
 from cpo_arabic.errors import ConfigError, Problem
@@ -21,9 +21,10 @@ PREFIX = "CPO_ARABIC_"
 def collect_dotenv(path: Path, collected: Collected) -> None:
     """Add the settings of a ``.env`` file; lines that are not ours are left alone."""
     for binding in parse_stream(io.StringIO(read_text(path))):
-        line = binding.original.line
+        text = binding.original.string
+        line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
         if binding.error:
-            if PREFIX in binding.original.string.upper():
+            if PREFIX in text.upper():
                 collected.problems.append(
                     Problem(
                         rule="this line cannot be read",
@@ -67,9 +68,11 @@ def _path(name: str) -> str | None:
 
 
 def _unknown(name: str, origin: Origin) -> Problem:
-    near = closest(name.upper(), [field.variable for field in all_fields().values()])
-    return Problem(
-        rule=f"{shortened(name)} names no field",
-        remedy=did_you_mean(near) or f"the form is {PREFIX}SECTION__FIELD, with two underscores",
-        source=str(origin),
-    )
+    section = name[len(PREFIX) :].lower().strip("_")
+    if section in SECTIONS:
+        rule, remedy = "names a section, not a field", f"set {PREFIX}{section.upper()}__FIELD"
+    else:
+        near = closest(name.upper(), [field.variable for field in all_fields().values()])
+        rule = "names no field"
+        remedy = did_you_mean(near) or f"the form is {PREFIX}SECTION__FIELD, two underscores"
+    return Problem(rule=rule, remedy=remedy, source=str(origin))

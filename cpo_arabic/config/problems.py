@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cpo_arabic.config.characters import shortened
-from cpo_arabic.config.secrets import without_secrets
+from cpo_arabic.config.secrets import line_without_secrets, without_secrets
 from cpo_arabic.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def as_written(value: Any, key: str = "") -> str:
         text = f"a {type(value).__name__}"
     if isinstance(value, str) and (not text.strip() or text != text.strip()):
         text = json.dumps(text, ensure_ascii=False)
-    return shortened(without_secrets(text, key))
+    return shortened(line_without_secrets(without_secrets(text, key)))
 
 
 def _by_field(error: ValidationError, prefix: tuple[str, ...]) -> dict[str, list[ErrorDetails]]:
@@ -138,6 +138,8 @@ def _hints(field: Field, given: Any) -> Iterator[str]:
         near = did_you_mean(closest(given, [str(choice) for choice in field.choices]))
         choices = ", ".join(str(choice) for choice in field.choices)
         yield f"write one of {choices}" + (f"; {near}" if near else "")
+    elif field.name.endswith("_percentage") and type(given) in (int, float) and 1 <= given <= 100:
+        yield f"it is a fraction in [0, 1): for {given:g} % write {given / 100:g}"
     elif isinstance(given, str):
         yield from _text_hints(field, given.strip())
     elif field.kinds == {str} and isinstance(given, bool | int | float):
@@ -158,13 +160,13 @@ def _text_hints(field: Field, text: str) -> Iterator[str]:
         yield f"write {'true' if yes else 'false'}; in YAML 1.2 {text} is plain text"
     if not field.kinds & {int, float} or len(text) > 40:
         return
-    if re.fullmatch(r"[-+]?0\d+", text):
+    if re.fullmatch(r"[-+]?0[0-9]+", text):
         yield f"write {int(text)}, without the leading zero"
-    elif re.fullmatch(r"[-+]?\d+(:\d+)+", text):
+    elif re.fullmatch(r"[-+]?[0-9]+(:[0-9]+)+", text):
         yield "write one plain number; sexagesimal numbers are not read"
-    elif re.fullmatch(r"[-+]?\d[\d_]*\d", text) and "_" in text:
+    elif re.fullmatch(r"[-+]?[0-9][0-9_]*[0-9]", text) and "_" in text:
         yield f"write {text.replace('_', '')} without underscores"
-    elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+    elif re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
         yield f"write {text} without quotes"
     elif text.translate(_ARABIC_DIGITS).isascii() and not text.isascii():
         yield f"write the digits as {text.translate(_ARABIC_DIGITS)}"

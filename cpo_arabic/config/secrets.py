@@ -15,7 +15,7 @@ _VALUE = re.compile(
     r"|\bwandb_v\d+_[A-Za-z0-9_]{16,}"  # Weights & Biases
     r"|(?<=://)[^/\s@:]+(?::[^/\s@]*)?(?=@)"  # user:password@ of a URL
 )
-_KEYED_LINE = re.compile(r"""(?P<key>[\w.-]+)["']?\s*[:=]\s*(?P<value>\S.*)""")
+_KEYED_LINE = re.compile(r"""(?P<key>[\w.-]+)["']?\s*[:=]\s*(?=(?P<value>\S.*))""")
 
 
 def is_secret_key(key: str) -> bool:

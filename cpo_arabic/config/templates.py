@@ -31,7 +31,7 @@ class Template:
 
 def template_folder() -> Path:
     """Where the shipped files are: in the installed package, else in the working tree."""
-    installed = Path(__file__).parent / "templates"
+    installed = Path(__file__).parent / "shipped"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
 

@@ -31,16 +31,22 @@ def _read_bytes(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise _refused(path, _open_verdict(error), _open_remedy(path, error)) from None
-    with os.fdopen(descriptor, "rb") as file:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise _refused(path, "is a directory", "name the YAML file in it")
-        if not stat.S_ISREG(mode):
-            raise _refused(path, "is not a regular file", "name a YAML file")
-        data = file.read(MAX_BYTES + 1)
+    try:
+        _check_kind(path, os.fstat(descriptor).st_mode)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > MAX_BYTES:
         raise _refused(path, f"is larger than {MAX_BYTES // 1024} KiB", "is it a data file?")
     return data
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise _refused(path, "is a directory", "name the YAML file in it")
+    if not stat.S_ISREG(mode):
+        raise _refused(path, "is not a regular file", "name a YAML file")
 
 
 def _decode(path: Path, data: bytes) -> str:
