@@ -17,10 +17,15 @@ def hidden_character(text: str, *, allow_joiners: bool = False) -> str | None:
 
 
 def escaped(text: str) -> str:
-    """``text`` with control and invisible characters written as escapes; all else as it is."""
-    if text.isascii() and text.isprintable():
+    """``text`` with everything that does not print written as an escape; all else as it is."""
+    if text.isprintable():
         return text
-    return "".join(f"\\u{ord(c):04x}" if _is_hidden(c) else c for c in text)
+    return "".join(c if c.isprintable() or c in _VISIBLE else escape(c) for c in text)
+
+
+def escape(char: str) -> str:
+    """A character as YAML, Python and a reader write it: ``\\u202e``."""
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
 
 
 def shortened(text: str, limit: int = 80) -> str:

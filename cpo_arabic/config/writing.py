@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_arabic.config.characters import escape
 from cpo_arabic.config.document import plain_scalar
 from cpo_arabic.config.fields import SECTIONS, Field, all_fields
 from cpo_arabic.config.problems import as_written
@@ -102,4 +103,7 @@ def _text(text: str) -> str:
     """A text as a plain scalar where YAML reads it back as the same text, else in quotes."""
     if _PLAIN_TEXT.fullmatch(text) and isinstance(plain_scalar(text), str):
         return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    return "".join(
+        char if char.isprintable() else escape(char)
+        for char in json.dumps(text, ensure_ascii=False)
+    )

@@ -94,7 +94,7 @@ def test_flow_mappings_without_members_and_at_the_root() -> None:
     ],
 )
 def test_what_an_edit_would_break_is_refused(text: str, path: str) -> None:
-    with pytest.raises(ConfigError, match="anchor or alias|remove that line"):
+    with pytest.raises(ConfigError, match=r"anchor or alias|remove that line"):
         edited(text, [(path, "0.3")], "x")
 
 
