@@ -141,7 +141,11 @@ def add_lora(model: Any, settings: LoraSettings, *, seed: int) -> PeftModel:
         )
     except ValueError as error:
         linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+            {
+                name.rsplit(".", 1)[-1]
+                for name, m in model.named_modules()
+                if isinstance(m, nn.Linear)
+            }
         )
         raise ModelError(
             f"optimization.lora_target_modules {targets!r} does not fit this model: {error}. "

@@ -134,6 +134,11 @@ class Reference:
         self._policy = policy
         self._model = model.eval().requires_grad_(False) if model is not None else None
 
+    def to(self, device: torch.device) -> None:
+        """Moves a model of its own to the device."""
+        if self._model is not None:
+            self._model.to(device)
+
     @torch.no_grad()
     def log_probs(self, batch: PreferenceBatch) -> Tensor:
         """(S) float32 sums in nats."""

@@ -55,9 +55,7 @@ def evaluate(
         if reference is not None:
             with accelerator.autocast():
                 reference_log_probs = reference.log_probs(mb.batch)
-        preference, nll = log_prob_terms(
-            objective, mb, output.log_probs, reference_log_probs, sums
-        )
+        preference, nll = log_prob_terms(objective, mb, output.log_probs, reference_log_probs, sums)
         contrast = None
         if contrastive:
             found = contrastive_loss(

@@ -43,9 +43,7 @@ class MetricSums:
         return {n: t / c for n, t, c in zip(names, totals, sizes, strict=True) if c > 0}
 
 
-def reward_metrics(
-    sums: MetricSums, rewards: Tensor, log_probs: Tensor, present: Tensor
-) -> None:
+def reward_metrics(sums: MetricSums, rewards: Tensor, log_probs: Tensor, present: Tensor) -> None:
     """Adds the field's reward and log-probability metrics of a micro-batch.
 
     ``rewards/rejected`` and ``logps/rejected`` are means over every negative;

@@ -269,13 +269,18 @@ def _contrastive_bank(
     first: PolicyOutput | None = None
     if engine.momentum is not None:
         with engine.momentum.applied(), torch.no_grad():
-            outputs = [_embeddings(engine, mb, s, queries=False) for mb, s in zip(micro, seeds, strict=True)]
+            outputs = [
+                _embeddings(engine, mb, s, queries=False)
+                for mb, s in zip(micro, seeds, strict=True)
+            ]
     elif len(micro) == 1:
         first = engine.policy(micro[0].batch, wanted(engine, keys=True), seeds[0])
         outputs = [first]
     else:
         with torch.no_grad():
-            outputs = [_embeddings(engine, mb, s, queries=True) for mb, s in zip(micro, seeds, strict=True)]
+            outputs = [
+                _embeddings(engine, mb, s, queries=True) for mb, s in zip(micro, seeds, strict=True)
+            ]
     key_parts = [output.keys.detach() for output in outputs if output.keys is not None]
     groups = [mb.groups for mb in micro]
     own_groups = sum(groups) if counted else 0
@@ -290,7 +295,15 @@ def _contrastive_bank(
     if engine.momentum is None:
         queries = torch.cat([o.queries.detach() for o in outputs if o.queries is not None])
         gradients = _embedding_gradients(
-            engine, micro, queries, bank_keys, key_offsets, group_offsets, normalisers, counted, sums
+            engine,
+            micro,
+            queries,
+            bank_keys,
+            key_offsets,
+            group_offsets,
+            normalisers,
+            counted,
+            sums,
         )
     return Bank(bank_keys, key_offsets, group_offsets, gradients), first
 

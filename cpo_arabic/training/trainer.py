@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.errors import TrainingError
 from cpo_arabic.modeling.loading import save_policy
+from cpo_arabic.modeling.policy import Reference
 from cpo_arabic.objective.contrastive import Keys
 from cpo_arabic.training import state as saved_state
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore
@@ -95,6 +96,7 @@ class Trainer:
         tokenizer: saved with every checkpoint; also for samples.
         samples: held-out prompts to complete at every evaluation.
         stop: set by a signal.
+        eval_reference: the reference for held-out rows, where one is in use.
     """
 
     def __init__(
@@ -112,11 +114,13 @@ class Trainer:
         tokenizer: Any,
         samples: list[SamplePrompt],
         stop: StopRequest,
+        eval_reference: Reference | None,
     ) -> None:
         self.engine, self.optimizer, self.loader = engine, optimizer, loader
         self.evaluation, self.settings, self.store = evaluation, settings, store
         self.metrics, self.observer, self.identity = metrics, observer, identity
         self.tokenizer, self.samples, self.stop = tokenizer, samples, stop
+        self.eval_reference = eval_reference
         self.total_steps = loader.schedule.total_steps
         self.parameters = engine.bare.trainable()
         self.scheduler = get_scheduler(
@@ -127,7 +131,6 @@ class Trainer:
         )
         self.step = 0
         self.skipped = 0
-        self._recent = MetricSums()
         self._window_tokens, self._window_started = 0, time.perf_counter()
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -135,7 +138,8 @@ class Trainer:
         state, folder, engine = checkpoint.state, checkpoint.folder, self.engine
         self.step, self.skipped = checkpoint.step, int(state["skipped_in_a_row"])
         saved_state.load_optimizer(_plain(self.optimizer), self.parameters, folder)
-        self.scheduler.load_state_dict(state["scheduler"])
+        shapes = [None] * len(self.optimizer.param_groups)  # made anew from the configuration
+        self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": shapes})
         for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
         if engine.momentum is not None:
@@ -161,7 +165,7 @@ class Trainer:
         while self.step < self.total_steps and outcome.stopped_by is None:
             epoch, first = self.loader.schedule.epoch_of(self.step)
             for share in self.loader.shares(epoch, first):
-                self._one_step(share, epoch)
+                self._one_step(share)
                 outcome.stopped_by = self._stop_asked()
                 if outcome.stopped_by is not None or self.step >= self.total_steps:
                     break
@@ -172,7 +176,7 @@ class Trainer:
         outcome.step = self.step
         return outcome
 
-    def _one_step(self, share: Share, epoch: int) -> None:
+    def _one_step(self, share: Share) -> None:
         engine, settings = self.engine, self.settings
         sums, keys = accumulate(engine, share, self.step)
         norm = self._clip()
@@ -186,7 +190,7 @@ class Trainer:
         self.scheduler.step()
         self.step += 1
         self._window_tokens += sum(b.input_ids.numel() for b in share.batches)
-        record = self._log(sums, norm, epoch) if self._due(settings.logging_steps) else None
+        record = self._log(sums, norm) if self._due(settings.logging_steps) else None
         if engine.accelerator.is_main_process:
             self.observer.stepped(self.step, record)
         if self._due(settings.eval_steps) and self.step < self.total_steps:
@@ -223,7 +227,7 @@ class Trainer:
                 "the temperatures, or look at these rows"
             )
 
-    def _log(self, sums: MetricSums, norm: float, epoch: int) -> dict[str, Any]:
+    def _log(self, sums: MetricSums, norm: float) -> dict[str, Any]:
         engine = self.engine
         now = time.perf_counter()
         means = sums.means(engine.reduce)
@@ -265,7 +269,7 @@ class Trainer:
             self.evaluation(),
             engine.objective,
             accelerator=engine.accelerator,
-            reference=engine.reference,
+            reference=self.eval_reference,
         )
         self._write({"step": self.step, **found})
         if main and self.samples:

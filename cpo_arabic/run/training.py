@@ -1,0 +1,446 @@
+"""A training run from its configuration to its last file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from cpo_arabic.config import CPOConfig
+from cpo_arabic.data.pack import PreferenceBatch
+from cpo_arabic.data.tokenize import PreferenceDataset
+from cpo_arabic.errors import CheckpointError, ModelError, RunDirectoryError, TrainingError
+from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
+from cpo_arabic.modeling.loading import save_policy
+from cpo_arabic.modeling.policy import Policy, Reference
+from cpo_arabic.modeling.precompute import precompute
+from cpo_arabic.report.card import model_card
+from cpo_arabic.report.curves import draw_curves
+from cpo_arabic.run import data as run_data
+from cpo_arabic.run import model as run_model
+from cpo_arabic.run.directory import RunDirectory, check_usable, claim
+from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
+from cpo_arabic.training.evaluation import SamplePrompt
+from cpo_arabic.training.metrics import MetricsFile
+from cpo_arabic.training.observer import Observer
+from cpo_arabic.training.plan import Schedule, WindowLoader
+from cpo_arabic.training.sanity import check_learning
+from cpo_arabic.training.step import Engine
+from cpo_arabic.training.trainer import (
+    Outcome,
+    StopRequest,
+    Trainer,
+    TrainerSettings,
+    build_optimizer,
+)
+
+SAMPLES = 4
+"""Held-out prompts that ``data.generate_during_eval`` completes."""
+
+FREE_ON_RESUME = frozenset(
+    {
+        "training.output_dir",
+        "training.overwrite_output_dir",
+        "training.eval_steps",
+        "training.save_steps",
+        "training.logging_steps",
+        "training.save_total_limit",
+        "training.eval_batch_size",
+        "training.dataloader_num_workers",
+        "data.preprocessing_num_workers",
+        "data.cache_dir",
+        "data.sanity_check",
+        "data.sanity_check_size",
+        "data.generate_during_eval",
+    }
+)
+"""Fields a resumed run may change: they do not touch what is learnt."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``train`` leaves behind."""
+
+    directory: RunDirectory
+    outcome: Outcome
+    summary: dict[str, Any]
+
+
+def train(
+    config: CPOConfig, observer: Observer, *, resume: bool = False, stop: StopRequest | None = None
+) -> Result:
+    """Trains as the resolved configuration says.
+
+    Args:
+        config: resolved; every field is read from here.
+        observer: who watches.
+        resume: continue the run in ``training.output_dir`` from its newest whole checkpoint.
+        stop: set by a signal handler to save and stop at the next step's end.
+
+    Raises:
+        CPOArabicError: a mistake in data, model, directory or checkpoint; nothing is half-written.
+    """
+    directory = RunDirectory(Path(config.training.output_dir))
+    overwrite = config.training.overwrite_output_dir
+    check_usable(directory.root, resume=resume, overwrite=overwrite)
+    run_model.check_hardware(config)
+    observer.stage("reading the data")
+    records = run_data.read(config)
+    for note in records.notes:
+        observer.stage(note)
+    observer.stage("loading the tokenizer")
+    tokenizer = run_model.tokenizer_of(config)
+    observer.stage("tokenising")
+    train_set = run_data.tokenize(config, records.train, tokenizer)
+    held_out = (
+        run_data.tokenize(config, records.validation, tokenizer) if records.validation else None
+    )
+    for line in train_set.report.lines():
+        observer.stage(line)
+
+    accelerator = _accelerator(config)
+    lock = claim(directory.root, resume=resume) if accelerator.is_main_process else None
+    try:
+        return _run(
+            config, directory, accelerator, tokenizer, train_set, held_out, observer,
+            resume=resume, stop=stop or StopRequest(),
+        )  # fmt: skip
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _run(
+    config: CPOConfig,
+    directory: RunDirectory,
+    accelerator: Accelerator,
+    tokenizer: Any,
+    train_set: PreferenceDataset,
+    held_out: PreferenceDataset | None,
+    observer: Observer,
+    *,
+    resume: bool,
+    stop: StopRequest,
+) -> Result:
+    set_seed(config.training.seed)
+    store = CheckpointStore(directory.root, config.training.save_total_limit)
+    groups = run_data.groups(config, train_set)
+    schedule = _schedule(config, len(groups), accelerator.num_processes)
+    identity = _identity(config, groups, schedule)
+    checkpoint = store.newest(observer.warning) if resume else None
+    if checkpoint is not None:
+        _check_identity(checkpoint, identity)
+    if accelerator.is_main_process:
+        config.to_yaml(directory.config)
+    observer.stage("loading the model")
+    policy = run_model.build_policy(
+        config, tokenizer, saved=checkpoint.folder if checkpoint else None
+    )
+    engine, optimizer = _engine(config, accelerator, policy, tokenizer)
+    collate = run_data.collation(config, tokenizer)
+    batch_size = config.training.eval_batch_size or config.training.batch_size
+    held = run_data.groups(config, held_out) if held_out is not None else None
+    eval_reference = engine.reference
+    if engine.reference is not None and config.cpo.precompute_ref_log_probs:
+        table = partial(
+            _precomputed, config, engine, engine.reference, collate, directory, observer
+        )
+        epochs = -(-schedule.total_steps // schedule.steps_per_epoch)
+        eval_reference = table(held, 1, "held-out") if held is not None else None
+        engine.reference = table(groups, epochs, "train")  # frees a reference model of its own
+    if config.data.sanity_check and checkpoint is None:
+        observer.stage("sanity check")
+        check_learning(
+            engine,
+            partial(_fixed_batches, groups, collate, config),
+            learning_rate=config.training.learning_rate,
+        )
+    trainer = Trainer(
+        engine,
+        optimizer,
+        WindowLoader(
+            source=groups,
+            schedule=schedule,
+            order=run_data.BatchOrder(
+                groups.lengths(), config.training.batch_size, config.training.seed, config.data.padding
+            ),
+            collate=collate,
+            workers=config.training.dataloader_num_workers,
+            rank=accelerator.process_index,
+        ),
+        None
+        if held is None
+        else partial(
+            run_data.held_out_batches, held, collate, batch_size,
+            accelerator.process_index, accelerator.num_processes,
+        ),
+        _settings(config, schedule),
+        store,
+        MetricsFile(directory.metrics),
+        observer,
+        identity=identity,
+        tokenizer=tokenizer,
+        samples=_samples(held, tokenizer) if config.data.generate_during_eval and held else [],
+        stop=stop,
+        eval_reference=eval_reference,
+    )  # fmt: skip
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    _start_trackers(config, accelerator, directory)
+    try:
+        outcome = trainer.train()
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower():
+            raise TrainingError(_memory_levers(config, str(error))) from error
+        raise
+    finally:
+        accelerator.end_training()
+    summary: dict[str, Any] = {}
+    if outcome.stopped_by is None and accelerator.is_main_process:
+        summary = _finish(config, directory, engine, tokenizer, outcome, trainer)
+    return Result(directory=directory, outcome=outcome, summary=summary)
+
+
+def _accelerator(config: CPOConfig) -> Accelerator:
+    log = config.logging
+    trackers = [
+        name for name, on in (("tensorboard", log.use_tensorboard), ("wandb", log.use_wandb)) if on
+    ]
+    try:
+        return Accelerator(
+            mixed_precision="bf16" if config.optimization.bf16 else "no",
+            log_with=trackers or None,
+            project_dir=config.training.output_dir,
+        )
+    except (ImportError, ValueError) as error:
+        raise ModelError(
+            f"a tracker cannot be used: {error}; wandb comes with pip install 'cpo-arabic[wandb]', "
+            "or turn it off with --set logging.use_wandb=false"
+        ) from error
+
+
+def _start_trackers(config: CPOConfig, accelerator: Accelerator, directory: RunDirectory) -> None:
+    log = config.logging
+    flat = {
+        f"{name}.{field}": value if isinstance(value, bool | int | float | str) else str(value)
+        for name, section in config.model_dump().items()
+        for field, value in section.items()
+        if not field.endswith("init_kwargs")  # may hold credentials
+    }
+    wandb = {
+        "entity": log.wandb_entity,
+        "mode": log.wandb_mode,
+        "name": log.run_name,
+        "dir": str(directory.root),
+    }
+    project = log.wandb_project if log.use_wandb else (log.run_name or "tensorboard")
+    accelerator.init_trackers(project, config=flat, init_kwargs={"wandb": wandb})
+
+
+def _engine(
+    config: CPOConfig, accelerator: Accelerator, policy: Policy, tokenizer: Any
+) -> tuple[Engine, Any]:
+    cpo = config.cpo
+    reference = run_model.build_reference(config, policy, tokenizer)
+    if reference is not None:
+        reference.to(accelerator.device)
+    optimizer = build_optimizer(policy, _settings(config, None))
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    contrastive = cpo.contrastive_weight > 0
+    return (
+        Engine(
+            accelerator=accelerator,
+            policy=prepared,
+            objective=run_model.objective_of(config),
+            reference=reference,
+            momentum=MomentumEncoder(policy.trainable(), cpo.momentum_beta)
+            if cpo.use_momentum and contrastive
+            else None,
+            queue=EmbeddingQueue(cpo.queue_size) if cpo.use_queue and contrastive else None,
+            seed=config.training.seed,
+        ),
+        optimizer,
+    )
+
+
+def _schedule(config: CPOConfig, rows: int, world_size: int) -> Schedule:
+    training = config.training
+    return Schedule(
+        rows=rows,
+        batch_size=training.batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        world_size=world_size,
+        epochs=training.num_epochs,
+        max_steps=training.max_steps,
+    )
+
+
+def _settings(config: CPOConfig, schedule: Schedule | None) -> TrainerSettings:
+    training = config.training
+    steps = schedule.steps_per_epoch if schedule else 1
+    total = schedule.total_steps if schedule else 1
+    return TrainerSettings(
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        max_grad_norm=training.max_grad_norm,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total),
+        eval_steps=training.eval_steps or steps,
+        save_steps=training.save_steps or steps,
+        logging_steps=training.logging_steps,
+        max_skipped_steps=training.max_skipped_steps,
+        max_new_tokens=config.cpo.max_target_length or 1,
+    )
+
+
+def _identity(config: CPOConfig, groups: run_data.Groups, schedule: Schedule) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that resumes it."""
+    settings = {
+        f"{name}.{field}": value
+        for name, section in config.model_dump(mode="json").items()
+        if name != "logging"
+        for field, value in section.items()
+        if f"{name}.{field}" not in FREE_ON_RESUME and not field.endswith("init_kwargs")
+    }
+    return {
+        "settings": settings,
+        "rows": len(groups),
+        "data": run_data.fingerprint(groups),
+        "processes": schedule.world_size,
+    }
+
+
+def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    old = checkpoint.state["identity"]
+    flat_old = {**old["settings"], **{k: v for k, v in old.items() if k != "settings"}}
+    flat_new = {**identity["settings"], **{k: v for k, v in identity.items() if k != "settings"}}
+    changed = [
+        f"{key}: {flat_old.get(key)!r} then, {flat_new.get(key)!r} now"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.folder} is of another run and cannot be resumed: {'; '.join(changed)}. "
+            "Put it back, or start afresh in another training.output_dir"
+        )
+
+
+def _precomputed(
+    config: CPOConfig,
+    engine: Engine,
+    reference: Reference,
+    collate: Any,
+    directory: RunDirectory,
+    observer: Observer,
+    groups: run_data.Groups,
+    epochs: int,
+    split: str,
+) -> Reference:
+    """A table of the reference's log-probabilities for every draw of the epochs."""
+
+    def log_probs(part: Any) -> Any:
+        batch = collate(part).to(engine.accelerator.device)
+        with engine.accelerator.autocast():
+            return reference.log_probs(batch)
+
+    folder = Path(config.data.cache_dir) if config.data.cache_dir else directory.root
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = (
+        config.model.name,
+        config.model.revision,
+        config.cpo.reference_model_name,
+        config.cpo.ref_model_init_kwargs,
+        str(run_model.weights_dtype(config)),
+    )
+    return precompute(
+        (groups.group(row, epoch) for epoch in range(epochs) for row in range(len(groups))),
+        log_probs,
+        model_identity=repr(identity),
+        path=folder / f"reference-log-probs-{split}.safetensors",
+        batch_size=config.training.eval_batch_size or config.training.batch_size,
+        progress=lambda done, total: observer.stage(
+            f"reference log-probs: {done} of {total} {split} rows"
+        ),
+    )
+
+
+def _fixed_batches(
+    groups: run_data.Groups, collate: Any, config: CPOConfig
+) -> list[PreferenceBatch]:
+    """The first ``sanity_check_size`` rows in batches of the training's size."""
+    size, rows = config.training.batch_size, min(config.data.sanity_check_size, len(groups))
+    return [
+        collate([groups.group(row, 0) for row in range(start, min(start + size, rows))])
+        for start in range(0, rows, size)
+    ]
+
+
+def _samples(held: run_data.Groups, tokenizer: Any) -> list[SamplePrompt]:
+    found = []
+    for row in range(min(SAMPLES, len(held))):
+        group = held.group(row, 0)
+        chosen, rejected = (
+            tokenizer.decode(ids, skip_special_tokens=True) for ids in group.completion_ids[:2]
+        )
+        prompt = tokenizer.decode(group.prompt_ids)
+        found.append(SamplePrompt(row, group.prompt_ids, prompt, chosen, rejected))
+    return found
+
+
+def _finish(
+    config: CPOConfig,
+    directory: RunDirectory,
+    engine: Engine,
+    tokenizer: Any,
+    outcome: Outcome,
+    trainer: Trainer,
+) -> dict[str, Any]:
+    """Final artefact, summary and picture."""
+    records = trainer.metrics.read()
+    before = outcome.before or next(
+        ({k: v for k, v in r.items() if k.startswith("eval_")} for r in records if r["step"] == 0),
+        {},
+    )
+    summary = {
+        "steps": outcome.step,
+        "train_rows": trainer.loader.schedule.rows,
+        "held_out_before": before,
+        "held_out_after": outcome.after,
+        "objective": asdict(engine.objective),
+        "final": str(directory.final),
+    }
+    try:
+        directory.final.mkdir(exist_ok=True)
+        save_policy(engine.bare.model, engine.bare.projection, directory.final)
+        tokenizer.save_pretrained(directory.final)
+        card = model_card(config.model.name, summary, is_adapter=config.optimization.use_lora)
+        (directory.final / "README.md").write_text(card, encoding="utf-8")
+        write_atomically(
+            directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        )
+        draw_curves(records, directory.curves)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{directory.final}: cannot be written: {error.strerror}; the last checkpoint is whole"
+        ) from error
+    return summary
+
+
+def _memory_levers(config: CPOConfig, reason: str) -> str:
+    return (
+        f"out of memory ({reason.splitlines()[0]}). Levers, the strongest first: "
+        f"training.batch_size (now {config.training.batch_size}; raise "
+        "gradient_accumulation_steps in its place), optimization.use_gradient_checkpointing: true, "
+        f"data.padding: packed, cpo.max_length (now {config.cpo.max_length}), "
+        f"cpo.num_negatives (now {config.cpo.num_negatives})"
+    )
