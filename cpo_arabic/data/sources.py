@@ -180,6 +180,8 @@ def _csv_rows(stream: IO[bytes], delimiter: str) -> Iterator[Item]:
             line = reader.line_num + 1
     except csv.Error as error:
         yield BadRow(reader.line_num, f"not CSV: {error}", fatal=True)
+    finally:
+        text.detach()  # the stream is its opener's to close
 
 
 def _csv_row(line: int, header: list[str], cells: list[str]) -> Item:
