@@ -3,7 +3,7 @@
 ::
 
     CPOArabicError
-    ├── ConfigError          a value, key, variable or flag of the configuration (one or many problems)
+    ├── ConfigError          a value, key, variable or flag of the configuration (one or many)
     ├── DataError            a file, row or column of the preference data
     ├── ModelError           a model, tokenizer or adapter that cannot be loaded or does not fit
     ├── RunDirectoryError    an output directory that is used, read-only or outside its place
@@ -56,8 +56,15 @@ class Problem:
             return self.source
         return f"{self.source}:{self.line}:{self.column}"
 
+    @property
+    def sentence(self) -> str:
+        """The rule, led by the field where it does not begin with it."""
+        if not self.field or self.rule.startswith(self.field):
+            return self.rule
+        return f"{self.field}: {self.rule}"
+
     def __str__(self) -> str:
-        head = ": ".join(part for part in (self.place, self.field, self.rule) if part)
+        head = f"{self.place}: {self.sentence}" if self.place else self.sentence
         return "\n".join([head, *self.caret_lines(), *self._notes()])
 
     def caret_lines(self) -> list[str]:

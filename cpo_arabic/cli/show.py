@@ -48,8 +48,7 @@ def show_error(error: CPOArabicError, console: Console | None = None) -> None:
 
 def show_problem(problem: Problem, console: Console) -> None:
     """Print one problem as a compiler does: sentence, place, line with carets, remedy."""
-    head = ": ".join(part for part in (problem.field, problem.rule) if part)
-    console.print(Text.assemble(("error: ", _STYLES["error"]), (head, "bold")))
+    console.print(Text.assemble(("error: ", _STYLES["error"]), (problem.sentence, "bold")))
     if problem.place:
         console.print(Text(f"  --> {problem.place}", style="blue"))
     for number, line in enumerate(problem.caret_lines()):

@@ -114,7 +114,8 @@ class Section(Model):
         if problems:
             raise ConfigError(problems)
 
-    if not TYPE_CHECKING:  # so that type checkers still know the fields
+    # Hidden from type checkers, so that they still know the fields.
+    if not TYPE_CHECKING:  # pragma: no branch
 
         def __setattr__(self, name: str, value: Any) -> None:
             fields = type(self).model_fields

@@ -96,12 +96,14 @@ def suggest_path(path: str) -> list[str]:
     """Known dotted paths close to an unknown one: the right name in another section comes first."""
     name = path.rpartition(".")[2]
     elsewhere = [known for known in all_fields() if known.rpartition(".")[2] == name]
+    if elsewhere:
+        return elsewhere[:3]
     near = closest(path, list(all_fields()))
     same_section = [
         f"{path.partition('.')[0]}.{match}"
         for match in closest(name, list(_names(path.partition(".")[0])))
     ]
-    return list(dict.fromkeys([*elsewhere, *same_section, *near]))[:3]
+    return list(dict.fromkeys([*same_section, *near]))[:3]
 
 
 def did_you_mean(candidates: list[str]) -> str:
@@ -174,7 +176,7 @@ def _words(kind: Any, metadata: tuple[Any, ...]) -> str:
             mark or "", "text"
         ),
         list: "a list of them",
-        dict: "a mapping",
+        dict: "a mapping" if get_args(kind)[1:] == (Any,) else "a mapping of path to weight",
         type(None): "null",
     }
     return words[origin]

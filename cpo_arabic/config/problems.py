@@ -113,12 +113,16 @@ def _verdict(field: Field, given: Any, said: ErrorDetails | None) -> str:
         return _number_verdict(field, given)
     if field.choices:
         return "is not one of the choices"
+    if len(field.kinds) > 1:
+        return f"is not {field.expected}"
     return f"is {_type_words(given)}, not {_article(field)}"
 
 
 def _number_verdict(field: Field, given: float) -> str:
     if field.choices:
         return "is not one of the choices"
+    if len(field.kinds) > 1:
+        return f"is not {field.expected}"
     if field.kinds & {int, float}:
         if isinstance(given, float) and float not in field.kinds:
             return "is not an integer"
@@ -142,7 +146,7 @@ def _hints(field: Field, given: Any) -> Iterator[str]:
         yield f"it is a fraction in [0, 1): for {given:g} % write {given / 100:g}"
     elif isinstance(given, str):
         yield from _text_hints(field, given.strip())
-    elif field.kinds == {str} and isinstance(given, bool | int | float):
+    elif field.kinds == {str} and not field.choices and isinstance(given, bool | int | float):
         yield f'put it in quotes if it is meant as text: "{as_written(given)}"'
     elif (
         isinstance(given, float)
@@ -177,17 +181,9 @@ _ARABIC_DIGITS |= {0x66B: "."}
 
 
 def _article(field: Field) -> str:
-    for kind, words in (
-        (bool, "true or false"),
-        (float, "a number"),
-        (int, "an integer"),
-        (dict, "a mapping"),
-        (list, "a list"),
-        (str, "text"),
-    ):
-        if kind in field.kinds and (kind is not dict or str not in field.kinds):
-            return words if str not in field.kinds or kind is str else f"text or {words}"
-    raise AssertionError(field)
+    """The kind of value that a field takes, as in "not a number"."""
+    names = {bool: "true or false", float: "a number", int: "an integer", str: "text"}
+    return next((names[kind] for kind in names if kind in field.kinds), "a mapping")
 
 
 def _type_words(value: Any) -> str:

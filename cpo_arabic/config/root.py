@@ -136,7 +136,7 @@ class CPOConfig(Model):
         """Tie the sections to this object, so that their assignments obey its rules."""
         self._adopt()
 
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # pragma: no branch
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in SECTIONS:

@@ -135,6 +135,7 @@ def _placed(problem: Problem, config: CPOConfig, settings: Mapping[str, Setting]
     also = tuple(
         f"{path} = {as_written(resolved.get(path))} ({_origin(path, settings)})"
         for path in problem.also
+        if path in settings or resolved.get(path) not in (None, False)
     )
     problem = replace(problem, also=also)
     setting = settings.get(problem.field)

@@ -67,6 +67,11 @@ def test_an_error_points_at_the_value_and_exits_with_2(run: Terminal) -> None:
     assert "2 problems; nothing was started or written" in run.err
 
 
+def test_a_rule_shows_the_other_fields(run: Terminal) -> None:
+    assert run("validate-config", write("cpo: {max_length: 4096}")) == 2
+    assert "with: model.max_length = 2048 (default)" in run.err
+
+
 def test_json_holds_errors_warnings_and_advice(run: Terminal) -> None:
     assert run("validate-config", write("cpo: {beta: -1}"), "--json") == 2
     told: dict[str, Any] = json.loads(run.out)

@@ -144,6 +144,11 @@ def test_findings_say_which_case_it_is(changes: dict[str, Any], code: str, said:
     assert said in found(changes)[code].message
 
 
+def test_two_temperatures_of_which_one_is_idle_may_be_equal() -> None:
+    changes = {"cpo.temperature": 0.05, "cpo.contrastive_weight": 0}
+    assert "same_temperatures" not in found(changes)
+
+
 def test_the_defaults_earn_no_warning() -> None:
     assert [one.code for one in findings(CPOConfig())] == ["padding_to_the_maximum"]
 

@@ -46,6 +46,8 @@ def same(one: CPOConfig, other: CPOConfig) -> bool:
         ("use_queue", 1),
         ("model_init_kwargs", {"a": object()}),
         ("model_init_kwargs", {1: 1}),
+        ("model_init_kwargs", {"a": {1: 1}}),
+        ("model_init_kwargs", {"token": 3.5, "a": ("x",)}),
         ("model_init_kwargs", [1]),
         ("reference_model_name", ""),
         ("reference_model_name", 3),

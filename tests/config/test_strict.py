@@ -182,6 +182,7 @@ def test_row_9_self_reference_depth_and_length(tmp_path: Path, text: str, said: 
         ("cpo: 3\n", "is no section"),
         ("cpo:\n\tbeta: 1\n", "not valid YAML"),
         ("cpo: {beta: 1\n", "not valid YAML"),
+        ("cpo: \x9c", "not valid YAML"),
         ("cpo: 'abc\n", "not valid YAML"),
     ],
 )
@@ -307,6 +308,34 @@ def test_row_61_credentials_are_refused_and_never_echoed(tmp_path: Path, text: s
 def test_row_61_nor_from_a_variable(tmp_path: Path, name: str) -> None:
     found = problems(tmp_path, "cpo: {}", environ={f"CPO_ARABIC_{name}": SECRET})
     assert SECRET not in repr(found)
+
+
+def test_row_61_nor_under_a_key_that_names_one(tmp_path: Path) -> None:
+    override = "cpo.model_init_kwargs.api_key=plainsecret"
+    assert "plainsecret" not in repr(problems(tmp_path, "cpo: {}", [override]))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "remedy"),
+    [
+        ("cpo: {model_init_kwargs: 3}", "3 is a number, not a mapping", "mapping or null"),
+        ("data: {padding: 3}", "not one of the choices", "max_length, longest, packed"),
+        ("data: {train_file: {a: x}}", "{a: x} is not a path or a list", "weight"),
+        ("data: {conversation_template: chatlm}", "is no template", "a path"),
+        ("data: {train_file: []}", "[] names no file", "a path"),
+        ("data: {train_file: true}", "true is a boolean, not text", "a path"),
+        ("optimization: {lora_target_modules: [1]}", "[1] is not text or a list", "all-linear"),
+        ("optimization: {quantization_bits: 5}", "5 is not one of the choices", "4, 8"),
+        ("model: {name: 3}", "3 is a number, not text", 'in quotes if it is meant as text: "3"'),
+        ("cpo: {beta: {a: 1}}", "is a mapping, not a number", "a number > 0"),
+        ("cpo: {use_queue: {a: 1}}", "is a mapping, not true or false", "true or false"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_what_belongs_there(
+    tmp_path: Path, text: str, rule: str, remedy: str
+) -> None:
+    found = problem(tmp_path, text)
+    assert rule in found.rule and remedy in found.remedy
 
 
 def test_row_61_numbers_about_tokens_are_no_credentials(tmp_path: Path) -> None:
