@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"cpo.contrastive_temperature": 0.019},
         {"cpo.contrastive_temperature": 0.02},
     ),
-    "reward_scale": ({"cpo.beta": 0.04}, {"cpo.beta": 0.05}),
+    "reward_scale": ({"cpo.beta": 0.049}, {"cpo.beta": 0.05}),
     "sums_at_mean_scale": ({"cpo.alpha": 0}, {"cpo.alpha": 0, "cpo.temperature": 1}),
     "gamma_against_beta": (SIMPO | {"cpo.cpo_gamma": 1.1}, SIMPO | {"cpo.cpo_gamma": 1.0}),
     "simpo_without_margin": (SIMPO | {"cpo.cpo_gamma": 0}, SIMPO),

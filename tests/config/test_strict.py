@@ -10,6 +10,8 @@ import pytest
 
 from cpo_arabic.config import ConfigError, CPOConfig, load_config
 from cpo_arabic.config.document import Source, parse, plain_scalar
+from cpo_arabic.config.fields import all_fields
+from cpo_arabic.config.secrets import line_without_secrets, without_secrets
 from tests.config.helpers import load, problem, problems
 
 
@@ -45,6 +47,16 @@ def test_row_3_a_duplicate_section_too(tmp_path: Path) -> None:
 def test_row_4_not_finite_is_refused(tmp_path: Path, text: str) -> None:
     assert "finite" in problem(tmp_path, f"cpo: {{beta: {text}}}").rule
     assert "finite" in problem(tmp_path, f"training: {{batch_size: {text}}}").rule
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("path", [p for p, field in all_fields().items() if float in field.kinds])
+def test_row_4_in_every_number(tmp_path: Path, path: str, text: str) -> None:
+    section, name = path.split(".")
+    document = f"{section}: {{{name}: {text}}}"
+    if path == "data.train_file":
+        document = f"data: {{train_file: {{a.jsonl: {text}}}}}"
+    assert problem(tmp_path, document).field == path
 
 
 def test_row_4_nor_inside_options(tmp_path: Path) -> None:
@@ -336,6 +348,14 @@ def test_a_value_of_another_kind_is_told_what_belongs_there(
 ) -> None:
     found = problem(tmp_path, text)
     assert rule in found.rule and remedy in found.remedy
+
+
+def test_row_61_a_value_is_hidden_by_its_key_or_by_its_shape() -> None:
+    assert without_secrets("plain", "WANDB_API_KEY") == "[hidden]"
+    assert without_secrets("plain", "cpo.model_init_kwargs.token") == "[hidden]"
+    assert without_secrets("plain", "data.max_tokens_per_row") == "plain"
+    assert without_secrets(f"a {SECRET} b") == "a [hidden] b"
+    assert line_without_secrets("password: abc  # x").startswith("password: ****")
 
 
 def test_row_61_numbers_about_tokens_are_no_credentials(tmp_path: Path) -> None:
