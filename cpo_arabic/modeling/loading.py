@@ -154,13 +154,13 @@ def add_lora(model: Any, settings: LoraSettings, *, seed: int) -> PeftModel:
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:
-    """The model with a saved adapter, for evaluation.
+    """The model with a saved adapter, ready to train on.
 
     Raises:
         ModelError: the folder holds no adapter, or one made for another model.
     """
     try:
-        return PeftModel.from_pretrained(model, folder)
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(_cannot_load("adapter", str(folder), error)) from error
 

@@ -104,6 +104,7 @@ def claim(root: Path, *, resume: bool) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        lock.close()
         raise RunDirectoryError(
             f"training.output_dir {str(root)!r} is in use by another run; choose another folder"
         ) from error

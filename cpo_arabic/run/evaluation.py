@@ -14,6 +14,7 @@ from cpo_arabic.errors import DataError, RunDirectoryError
 from cpo_arabic.modeling.policy import Policy
 from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
+from cpo_arabic.run.accelerator import build_accelerator
 from cpo_arabic.run.directory import RunDirectory
 from cpo_arabic.training.evaluation import evaluate
 from cpo_arabic.training.observer import Observer
@@ -64,7 +65,7 @@ def compare(config: CPOConfig, observer: Observer) -> Comparison:
         )
     tokenizer = run_model.tokenizer_of(config)
     groups = run_data.groups(config, run_data.tokenize(config, records, tokenizer))
-    accelerator = Accelerator(mixed_precision="bf16" if config.optimization.bf16 else "no")
+    accelerator = build_accelerator(config, tracked=False)
     measure = partial(_measure, config, tokenizer, groups, accelerator)
     observer.stage("measuring the model it started from")
     before = measure(None)

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.data.tokenize import PreferenceDataset
-from cpo_arabic.errors import CheckpointError, ModelError, RunDirectoryError, TrainingError
+from cpo_arabic.errors import CheckpointError, RunDirectoryError, TrainingError
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.loading import save_policy
 from cpo_arabic.modeling.policy import Policy, Reference
@@ -24,6 +24,7 @@ from cpo_arabic.report.card import model_card
 from cpo_arabic.report.curves import draw_curves
 from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
+from cpo_arabic.run.accelerator import build_accelerator, check_trackers
 from cpo_arabic.run.directory import RunDirectory, check_usable, claim
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
 from cpo_arabic.training.evaluation import SamplePrompt
@@ -90,6 +91,7 @@ def train(
     overwrite = config.training.overwrite_output_dir
     check_usable(directory.root, resume=resume, overwrite=overwrite)
     run_model.check_hardware(config)
+    check_trackers(config)
     observer.stage("reading the data")
     records = run_data.read(config)
     for note in records.notes:
@@ -104,7 +106,7 @@ def train(
     for line in train_set.report.lines():
         observer.stage(line)
 
-    accelerator = _accelerator(config)
+    accelerator = build_accelerator(config)
     lock = claim(directory.root, resume=resume) if accelerator.is_main_process else None
     try:
         return _run(
@@ -205,24 +207,6 @@ def _run(
     if outcome.stopped_by is None and accelerator.is_main_process:
         summary = _finish(config, directory, engine, tokenizer, outcome, trainer)
     return Result(directory=directory, outcome=outcome, summary=summary)
-
-
-def _accelerator(config: CPOConfig) -> Accelerator:
-    log = config.logging
-    trackers = [
-        name for name, on in (("tensorboard", log.use_tensorboard), ("wandb", log.use_wandb)) if on
-    ]
-    try:
-        return Accelerator(
-            mixed_precision="bf16" if config.optimization.bf16 else "no",
-            log_with=trackers or None,
-            project_dir=config.training.output_dir,
-        )
-    except (ImportError, ValueError) as error:
-        raise ModelError(
-            f"a tracker cannot be used: {error}; wandb comes with pip install 'cpo-arabic[wandb]', "
-            "or turn it off with --set logging.use_wandb=false"
-        ) from error
 
 
 def _start_trackers(config: CPOConfig, accelerator: Accelerator, directory: RunDirectory) -> None:

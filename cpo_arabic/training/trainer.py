@@ -80,6 +80,20 @@ def build_optimizer(policy: nn.Module, settings: TrainerSettings) -> torch.optim
     )
 
 
+def learning_rates(
+    settings: TrainerSettings, optimizer: torch.optim.Optimizer, total_steps: int
+) -> Callable[[int], float]:
+    """0-based optimizer step → learning rate: a function of the step, so never a state."""
+    scheduler = get_scheduler(
+        settings.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=total_steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: settings.learning_rate * float(factor(step))
+
+
 class Trainer:
     """One run of the loop over an engine.
 
@@ -123,12 +137,7 @@ class Trainer:
         self.eval_reference = eval_reference
         self.total_steps = loader.schedule.total_steps
         self.parameters = engine.bare.trainable()
-        self.scheduler = get_scheduler(
-            settings.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=settings.warmup_steps,
-            num_training_steps=self.total_steps,
-        )
+        self.learning_rate = learning_rates(settings, optimizer, self.total_steps)
         self.step = 0
         self.skipped = 0
         self._window_tokens, self._window_started = 0, time.perf_counter()
@@ -138,10 +147,6 @@ class Trainer:
         state, folder, engine = checkpoint.state, checkpoint.folder, self.engine
         self.step, self.skipped = checkpoint.step, int(state["skipped_in_a_row"])
         saved_state.load_optimizer(_plain(self.optimizer), self.parameters, folder)
-        shapes = [None] * len(self.optimizer.param_groups)  # made anew from the configuration
-        self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": shapes})
-        for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
-            group["lr"] = rate
         if engine.momentum is not None:
             saved_state.load_momentum(engine.momentum, folder)
         if engine.queue is not None:
@@ -178,6 +183,9 @@ class Trainer:
 
     def _one_step(self, share: Share) -> None:
         engine, settings = self.engine, self.settings
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         sums, keys = accumulate(engine, share, self.step)
         norm = self._clip()
         if math.isfinite(norm):
@@ -187,10 +195,9 @@ class Trainer:
         else:
             self._skip(share, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
         self.step += 1
         self._window_tokens += sum(b.input_ids.numel() for b in share.batches)
-        record = self._log(sums, norm) if self._due(settings.logging_steps) else None
+        record = self._log(sums, norm, rate) if self._due(settings.logging_steps) else None
         if engine.accelerator.is_main_process:
             self.observer.stepped(self.step, record)
         if self._due(settings.eval_steps) and self.step < self.total_steps:
@@ -227,7 +234,7 @@ class Trainer:
                 "the temperatures, or look at these rows"
             )
 
-    def _log(self, sums: MetricSums, norm: float) -> dict[str, Any]:
+    def _log(self, sums: MetricSums, norm: float, rate: float) -> dict[str, Any]:
         engine = self.engine
         now = time.perf_counter()
         means = sums.means(engine.reduce)
@@ -238,7 +245,7 @@ class Trainer:
             "loss": self._total(means),
             **means,
             "grad_norm": norm,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": rate,
             "tokens_per_second": tokens / (now - self._window_started),
         }
         self._window_tokens, self._window_started = 0, now
@@ -313,8 +320,6 @@ class Trainer:
         paused = time.perf_counter()
         if accelerator.is_main_process:
             state = {
-                "scheduler": _scheduler_state(self.scheduler),
-                "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
                 "skipped_in_a_row": self.skipped,
                 "identity": self.identity,
             }
@@ -339,12 +344,3 @@ def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     inner = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(inner, torch.optim.Optimizer)
     return inner
-
-
-def _scheduler_state(scheduler: Any) -> dict[str, Any]:
-    """What of the schedule is state: its position. The shape is a function of the configuration."""
-    return {
-        key: value
-        for key, value in scheduler.state_dict().items()
-        if isinstance(value, int | float | list) and key != "lr_lambdas"
-    }
