@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cpo_arabic.config.characters import escaped
 from cpo_arabic.config.document import Node, Source, parse
@@ -21,19 +22,46 @@ from cpo_arabic.errors import ConfigError, Problem
 
 def set_values(path: Path, assignments: Sequence[str]) -> LoadedConfig:
     """Write ``section.field=value`` assignments into a file, if the result is a legal one."""
-    changes = []
-    for assignment in assignments:
-        field, text = split_override(assignment)
-        if field.count(".") > 1:
-            raise ConfigError(f"{field}: set the whole mapping, {field.rpartition('.')[0]}={{…}}")
-        setting = from_text(field, text, Origin("flag", name=f"set {field}"))
-        changes.append((field, yaml_value(setting.value)))
+    changes = [_change(assignment) for assignment in assignments]
     load_config(path, assignments, environ={}, env_file=None)
+    name = escaped(str(path))
     mark = "\ufeff" if path.read_bytes().startswith(b"\xef\xbb\xbf") else ""
     before = read_text(path)
-    after = edited(before, changes, escaped(str(path)))
+    after = edited(before, [(field, yaml_value(value)) for field, value in changes], name)
+    _check_result(before, after, changes, name)
     write_text(path, mark + after)
     return load_config(path, environ={}, env_file=None)
+
+
+def _change(assignment: str) -> tuple[str, Any]:
+    field, text = split_override(assignment)
+    if field.count(".") > 1:
+        raise ConfigError(f"{field}: set the whole mapping, {field.rpartition('.')[0]}={{…}}")
+    return field, from_text(field, text, Origin("flag", name=f"set {field}")).value
+
+
+def _check_result(before: str, after: str, changes: Sequence[tuple[str, Any]], name: str) -> None:
+    """Refuse an edit that would change anything else, whatever the layout of the file."""
+    expected = parse(Source(name, before)).value()
+    for path, value in changes:
+        section, _, field = path.partition(".")
+        expected[section] = {**(expected.get(section) or {}), field: value}
+    try:
+        same = parse(Source(name, after)).value() == expected
+    except ConfigError:
+        same = False
+    if not same:
+        raise ConfigError(
+            [
+                Problem(
+                    "the layout of this file cannot be edited safely",
+                    "edit it by hand",
+                    "",
+                    None,
+                    name,
+                )
+            ]
+        )
 
 
 def edited(text: str, changes: Sequence[tuple[str, str]], name: str) -> str:

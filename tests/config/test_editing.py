@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from cpo_arabic.config import ConfigError, load_config
+from cpo_arabic.config import editing as room
 from cpo_arabic.config.editing import edited, set_values
+from cpo_arabic.config.fields import all_fields
 from cpo_arabic.config.templates import templates
+from cpo_arabic.config.writing import yaml_value
 
 TEXT = """\
 # تعليق في الأول
@@ -119,6 +122,38 @@ def test_an_illegal_result_is_refused_and_nothing_is_written(
     with pytest.raises(ConfigError):
         set_values(path, assignments)
     assert path.read_text() == "cpo:\n  margin: 0.1\n"
+
+
+@pytest.mark.parametrize("wrong", ["cpo: {beta: 9, margin: 0.1}", "cpo: {", "cpo: {beta: 0.3}"])
+def test_an_edit_that_would_change_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("cpo: {margin: 0.1}")
+    monkeypatch.setattr(room, "edited", lambda *_: wrong)
+    with pytest.raises(ConfigError, match="by hand"):
+        set_values(path, ["cpo.beta=0.3"])
+    assert path.read_text() == "cpo: {margin: 0.1}"
+
+
+@pytest.mark.parametrize("layout", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("path", list(all_fields()))
+def test_any_field_can_be_set_in_any_layout(tmp_path: Path, path: str, layout: int) -> None:
+    section, _, name = path.partition(".")
+    default = yaml_value(all_fields()[path].default)
+    text = [
+        "{}",
+        f"{section}:",
+        f"{section}: {{{name}: {default}}}\n",
+        f"{section}:\n    # before\n    {name}:   {default}   # after\n\n\n# end",
+        f"{section}:  # nothing yet\n  # {name}: {default}\n",
+        f'"{section}": {{\n  "{name}":\n    {default}\n}}\n',
+    ][layout]
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    set_values(file, [f"{path}={default}"])
+    loaded = load_config(file, environ={}, env_file=None)
+    assert loaded.written.get(path) == all_fields()[path].default
 
 
 @pytest.mark.parametrize("name", templates())
