@@ -163,8 +163,9 @@ class ProgressObserver:
             if terms is not None and (step % max(1, total // 20) == 0 or step == total):
                 self.console.print(f"step {step}/{total}  {terms}")
             return
-        fields = {"terms": terms} if terms is not None else {}
-        self._progress.update(self._task, completed=step, **fields)
+        self._progress.update(self._task, completed=step)
+        if terms is not None:
+            self._progress.update(self._task, terms=terms)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """One line of held-out metrics."""
@@ -180,7 +181,7 @@ class ProgressObserver:
 
     def saved(self, step: int, folder: str) -> None:
         """One line."""
-        self.console.print(Text(f"saved {folder}", style="dim"))
+        self.console.print(Text(f"saved step {step}: {folder}", style="dim"))
 
 
 def _terms(record: dict[str, Any]) -> str:

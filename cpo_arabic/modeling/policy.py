@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from cpo_arabic.data.pack import PreferenceBatch
@@ -39,7 +40,7 @@ class PolicyOutput(NamedTuple):
 
 def causal_lm(model: nn.Module) -> Any:
     """The transformers causal LM inside a model that peft may have wrapped."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def completion_log_probs(
@@ -154,7 +155,8 @@ class Reference:
         was_training = self._policy.training
         self._policy.eval()
         try:
-            with self._policy.model.disable_adapter():  # type: ignore[operator]
+            assert isinstance(self._policy.model, PeftModel)
+            with self._policy.model.disable_adapter():
                 yield self._policy.model
         finally:
             self._policy.train(was_training)

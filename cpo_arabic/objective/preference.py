@@ -3,7 +3,7 @@
 (G) groups  (K) completions of a group, column 0 the chosen one
 
 Rewards are padded to (G, K); ``present`` is False where a group has fewer completions.
-Every loss returns one value a group, so that the caller may divide by the *global* number of groups.
+Every loss returns one value a group: the caller divides by the *global* number of groups.
 
     score   s_i = (log π(y_i|x) − log π_ref(y_i|x)) / n_i^alpha
     reward  r_i = beta · s_i,   compared at  z_i = r_i / temperature
@@ -85,7 +85,9 @@ def preference_loss(
             gap = scores[:, :1] - scores[:, 1:]
             return _mean_over((gap - 1 / (2 * beta)).square(), negative)  # (s_0 − s_i − 1/2β)²
         case _:
-            raise ValueError(f"loss_type {loss_type!r} is not one of cpo, sigmoid, hinge, ipo, simpo")
+            raise ValueError(
+                f"loss_type {loss_type!r} is not one of cpo, sigmoid, hinge, ipo, simpo"
+            )
 
 
 def _listwise(logits: Tensor, present: Tensor) -> Tensor:

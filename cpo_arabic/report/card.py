@@ -37,9 +37,8 @@ tags: [cpo, preference-optimization, arabic]
 
 # {"Adapter" if is_adapter else "Model"} trained by Contrastive Preference Optimization
 
-Base model: `{base}`. {summary["steps"]} optimizer steps over {summary["train_rows"]} preference rows
-with cpo-arabic; `config.yaml` in the run directory repeats
-the run.
+Base model: `{base}`. {summary["steps"]} optimizer steps over {summary["train_rows"]} rows of
+preferences with cpo-arabic; `config.yaml` in the run directory repeats the run.
 
 {held_out if rows else "No held-out rows were set apart."}
 

@@ -142,7 +142,7 @@ def collation(
         padding=config.data.padding,
         pad_id=tokenizer.eos_token_id if pad is None else pad,
         max_length=config.cpo.max_length,
-        max_tokens_per_row=config.data.max_tokens_per_row,
+        max_tokens_per_row=config.data.max_tokens_per_row or config.cpo.max_length,
     )
 
 
@@ -157,6 +157,12 @@ class BatchOrder:
 
     def __call__(self, epoch: int) -> list[list[int]]:
         return plan_batches(self.lengths, self.batch_size, self.seed, epoch, self.padding)  # type: ignore[arg-type]
+
+
+def order(config: CPOConfig, source: Groups) -> BatchOrder:
+    """Which rows make which micro-batch, by epoch."""
+    training = config.training
+    return BatchOrder(source.lengths(), training.batch_size, training.seed, config.data.padding)
 
 
 def held_out_batches(

@@ -27,12 +27,12 @@ from cpo_arabic.run import model as run_model
 from cpo_arabic.run.accelerator import build_accelerator, check_trackers
 from cpo_arabic.run.directory import RunDirectory, check_usable, claim
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
+from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt
 from cpo_arabic.training.metrics import MetricsFile
 from cpo_arabic.training.observer import Observer
 from cpo_arabic.training.plan import Schedule, WindowLoader
 from cpo_arabic.training.sanity import check_learning
-from cpo_arabic.training.step import Engine
 from cpo_arabic.training.trainer import (
     Outcome,
     StopRequest,
@@ -169,9 +169,7 @@ def _run(
         WindowLoader(
             source=groups,
             schedule=schedule,
-            order=run_data.BatchOrder(
-                groups.lengths(), config.training.batch_size, config.training.seed, config.data.padding
-            ),
+            order=run_data.order(config, groups),
             collate=collate,
             workers=config.training.dataloader_num_workers,
             rank=accelerator.process_index,

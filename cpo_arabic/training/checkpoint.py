@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified before they are read.
 
-``checkpoint-<step>/`` holds the adapter or model in its library's format, ``optimizer.safetensors``,
-``projection_head``, ``momentum`` and ``queue`` where the run has them, ``state.json`` and, written
+``checkpoint-<step>/`` holds the adapter or model in its library's format, the optimizer's state,
+projection head, momentum averages and queue where the run has them, ``state.json`` and, written
 last, ``manifest.json`` with the SHA-256 of every other file. State is JSON and safetensors: nothing
 is ever unpickled.
 """

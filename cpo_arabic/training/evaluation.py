@@ -17,8 +17,9 @@ from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.modeling.policy import Policy, Reference, Wanted, causal_lm
 from cpo_arabic.objective.contrastive import Keys, contrastive_loss
 from cpo_arabic.objective.total import LossTerms, Normalisers, ObjectiveSettings, total_loss
+from cpo_arabic.training.engine import prepare
 from cpo_arabic.training.metrics import MetricSums
-from cpo_arabic.training.step import log_prob_terms, prepare
+from cpo_arabic.training.step import log_prob_terms
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def evaluate(
         terms = LossTerms(preference=preference, nll=nll, contrastive=contrast)
         sums.add("loss", total_loss(terms, objective, own) * mb.groups, mb.groups)
     policy.train(was_training)
-    means = sums.means(lambda x: accelerator.reduce(x, reduction="sum"))  # type: ignore[return-value]
+    means = sums.means(lambda x: accelerator.reduce(x, reduction="sum"))
     means["runtime"] = time.perf_counter() - started
     return {f"eval_{name}": value for name, value in means.items()}
 

@@ -9,9 +9,10 @@ import torch
 
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.errors import TrainingError
+from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import evaluate
 from cpo_arabic.training.plan import Share
-from cpo_arabic.training.step import Engine, accumulate
+from cpo_arabic.training.step import accumulate
 
 STEPS = 4
 
@@ -50,8 +51,8 @@ def check_learning(
         optimizer.zero_grad(set_to_none=True)
     if not after < before:
         raise TrainingError(
-            f"sanity check: after {STEPS} passes over these rows the loss went from {before:.4f} to "
-            f"{after:.4f}. Raise training.learning_rate (now {learning_rate:g}) or look at the "
+            f"sanity check: after {STEPS} passes over these rows the loss went from {before:.4f} "
+            f"to {after:.4f}. Raise training.learning_rate (now {learning_rate:g}) or look at the "
             "rows; data.sanity_check: false skips this"
         )
 

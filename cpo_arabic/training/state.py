@@ -95,7 +95,8 @@ def load_queue(queue: EmbeddingQueue, folder: Path, device: torch.device) -> Non
         return
     if len(tensors["embeddings"]) != queue.size:
         raise CheckpointError(
-            f"{folder / QUEUE} has {len(tensors['embeddings'])} slots, cpo.queue_size is {queue.size}"
+            f"{folder / QUEUE} has {len(tensors['embeddings'])} slots, "
+            f"cpo.queue_size is {queue.size}"
         )
     queue.embeddings = tensors["embeddings"].to(device)
     queue.labels = tensors["labels"].to(device)

@@ -21,11 +21,12 @@ from cpo_arabic.modeling.policy import Reference
 from cpo_arabic.objective.contrastive import Keys
 from cpo_arabic.training import state as saved_state
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore
+from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt, evaluate, generate_samples
 from cpo_arabic.training.metrics import MetricsFile, MetricSums
 from cpo_arabic.training.observer import Observer
 from cpo_arabic.training.plan import Share, WindowLoader
-from cpo_arabic.training.step import Engine, accumulate
+from cpo_arabic.training.step import accumulate
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,11 @@ def test_precomputed_reference_log_probs_train_the_same_and_are_reused(
 ) -> None:
     reference = ("cpo.force_use_ref_model=true", "cpo.loss_type=sigmoid")
     live = train(toy_config(*reference), SilentObserver())
-    table = (*reference, "cpo.precompute_ref_log_probs=true", f"data.cache_dir={tmp_path / 'cache'}")
+    table = (
+        *reference,
+        "cpo.precompute_ref_log_probs=true",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    )
     once = train(toy_config(f"training.output_dir={tmp_path / 'a'}", *table), SilentObserver())
     files = sorted((tmp_path / "cache").glob("reference-log-probs-*.safetensors"))
     stamps = [f.stat().st_mtime_ns for f in files]

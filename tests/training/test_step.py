@@ -15,8 +15,9 @@ from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.policy import Policy, PolicyOutput, Wanted
 from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
+from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.plan import Share
-from cpo_arabic.training.step import Engine, accumulate
+from cpo_arabic.training.step import accumulate
 
 ROWS = list(range(6))
 
