@@ -40,7 +40,9 @@ def config_of(target: Path, overrides: list[str]) -> CPOConfig:
     path = RunDirectory(target).config
     if not path.exists():
         raise RunDirectoryError(f"{str(target)!r} holds no run: {path.name} is missing")
-    return load_config(path, [f"training.output_dir={target}", *overrides]).config
+    # What was run, whatever the environment says today.
+    own = [f"training.output_dir={target}", *overrides]
+    return load_config(path, own, environ={}, env_file=None).config
 
 
 def compare(config: CPOConfig, observer: Observer) -> Comparison:
