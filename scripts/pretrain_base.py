@@ -6,7 +6,7 @@ sentences; a modest share becomes ChatML conversations built from the same sente
 control tokens are trained as well.
 
     python scripts/pretrain_base.py train --text path/to/text.txt \\
-        --tokenizer path/to/folder --out path/to/folder --steps 1500
+        --tokenizer path/to/folder --out path/to/folder --steps 2600
     python scripts/pretrain_base.py measure --text path/to/text.txt --model path/to/folder
 """
 
@@ -26,7 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 BIDI_CONTROLS = dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), 0x200B, 0xFEFF])
 SYSTEM_PROMPTS = (
@@ -164,16 +170,21 @@ def perplexity(model: nn.Module, stream: Tensor, context: int) -> float:
     return math.exp(total / count)
 
 
+def fixed_stream(
+    sentences: Sequence[str], tokenizer: Any, seed: int, chat_share: float = 0.0
+) -> Tensor:
+    """Encode the sentences as documents that are the same at every call."""
+    documents = make_documents(sentences, tokenizer, random.Random(seed), chat_share)
+    return encode(documents, tokenizer)
+
+
 def measure(
     model: nn.Module, tokenizer: Any, split: Split, context: int, seed: int
 ) -> dict[str, float | int]:
     """Measure on held-out documents, on those of novel sentences and on conversations."""
-
-    def stream(sentences: Sequence[str], chat_share: float) -> Tensor:
-        documents = make_documents(sentences, tokenizer, random.Random(seed), chat_share)
-        return encode(documents, tokenizer)
-
-    text = stream(split.held_out, 0.0)
+    text = fixed_stream(split.held_out, tokenizer, seed)
+    novel = fixed_stream(split.novel, tokenizer, seed)
+    chats = fixed_stream(split.held_out, tokenizer, seed, chat_share=1.0)
     words = sum(len(sentence.split()) for sentence in split.held_out)
     tokens = sum(len(ids) for ids in tokenizer(split.held_out)["input_ids"])
     return {
@@ -182,8 +193,8 @@ def measure(
         "held_out_tokens_per_word": round(tokens / words, 3),
         "held_out_perplexity": round(perplexity(model, text, context), 2),
         "novel_sentences": len(split.novel),
-        "novel_perplexity": round(perplexity(model, stream(split.novel, 0.0), context), 2),
-        "chat_perplexity": round(perplexity(model, stream(split.held_out, 1.0), context), 2),
+        "novel_perplexity": round(perplexity(model, novel, context), 2),
+        "chat_perplexity": round(perplexity(model, chats, context), 2),
     }
 
 
@@ -199,8 +210,9 @@ def build_model(tokenizer: Any, shape: Shape) -> Qwen2ForCausalLM:
         **asdict(shape),
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config.eos_token_id = [turn_end, end]
-    model.generation_config.pad_token_id = end
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=[turn_end, end], pad_token_id=end
+    )
     return model
 
 
@@ -247,7 +259,10 @@ def rate_factor(progress: float, warm_up: float = 0.04, floor: float = 0.02) -> 
 
 
 def train(
-    model: Qwen2ForCausalLM, batches: Iterator[Tensor], arguments: argparse.Namespace
+    model: Qwen2ForCausalLM,
+    batches: Iterator[Tensor],
+    held_out: Tensor,
+    arguments: argparse.Namespace,
 ) -> dict[str, float | int]:
     """Train for the number of steps or minutes asked for."""
     optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay)
@@ -273,6 +288,10 @@ def train(
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             now = step if seconds is None else int(time.monotonic() - begun)
             bar.update(min(now, total) - bar.n)
+            if arguments.check_every and step % arguments.check_every == 0:
+                checked = perplexity(model, held_out, arguments.context)
+                bar.write(f"step {step}: held-out perplexity {checked:.1f}")
+                model.train()
     remove_dropout()
     return {
         "steps": step,
@@ -299,7 +318,8 @@ def run_training(arguments: argparse.Namespace) -> None:
         arguments.chat_share,
         (arguments.batch, arguments.context),
     )
-    history = train(model, batches, arguments)
+    held_out = fixed_stream(split.held_out, tokenizer, arguments.split_seed)
+    history = train(model, batches, held_out, arguments)
 
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     saved = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
@@ -345,11 +365,12 @@ def parse_arguments() -> argparse.Namespace:
     budget.add_argument("--steps", type=int, help="repeatable: the same steps every time")
     budget.add_argument("--minutes", type=float, help="as many steps as fit")
     trainer.add_argument("--seed", type=int, default=1)
-    trainer.add_argument("--batch", type=int, default=8, help="packed rows in a step")
+    trainer.add_argument("--batch", type=int, default=4, help="packed rows in a step")
     trainer.add_argument("--learning-rate", type=float, default=2e-3)
     trainer.add_argument("--weight-decay", type=float, default=0.1)
-    trainer.add_argument("--dropout", type=float, default=0.1)
+    trainer.add_argument("--dropout", type=float, default=0.2)
     trainer.add_argument("--chat-share", type=float, default=0.2, help="conversations' share")
+    trainer.add_argument("--check-every", type=int, default=200, help="steps; 0: never")
     trainer.add_argument("--float32", action="store_true", help="no bfloat16 arithmetic")
     trainer.set_defaults(run=run_training)
     measurer = commands.add_parser("measure", parents=[common], help="measure a saved model")

@@ -14,6 +14,7 @@ import typer
 
 from cpo_arabic import __version__
 from cpo_arabic.cli import config as config_verbs
+from cpo_arabic.cli import data as data_verbs
 from cpo_arabic.cli import train as train_verbs
 from cpo_arabic.errors import CPOArabicError
 
@@ -55,6 +56,7 @@ def _root(
 
 train_verbs.register(app)
 config_verbs.register(app)
+data_verbs.register(app)
 
 
 def main() -> None:

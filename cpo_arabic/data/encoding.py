@@ -199,24 +199,28 @@ class RowEncoder:
             encoded.easy += 1 <= number <= easy
 
     def _cut_prompt(self, ids: list[int]) -> list[int]:
-        """Keep one end of a long prompt, and what the template must keep.
+        start, _, end = self.prompt_cut(ids)
+        return ids[:start] + end
+
+    def prompt_cut(self, ids: list[int]) -> tuple[int, int, list[int]]:
+        """Where a long prompt is cut, [start, stop), and the tokens behind the cut.
 
         ``keep_end`` keeps the last tokens (behind BOS, where there is one). ``keep_start`` keeps
         the first ones and the template's tail, without which no answer would begin.
         """
         limit = self.budgets.max_prompt_length
         if len(ids) <= limit:
-            return ids
-        head = list(self.opening)
-        tail = (
-            [] if self.budgets.truncation_mode == "keep_end" else self.encoder.segments(self.tail)
-        )
-        room = limit - len(head) - len(tail)
-        if room < 1:
-            head, tail, room = [], [], limit
+            return len(ids), len(ids), []
+        opening = len(self.opening)
         if self.budgets.truncation_mode == "keep_end":
-            return head + ids[-room:]
-        return ids[: len(head) + room] + tail
+            room = limit - opening
+            if room < 1:
+                return 0, len(ids) - limit, ids[-limit:]
+            return opening, len(ids) - room, ids[-room:]
+        tail = self.encoder.segments(self.tail)
+        if limit - len(tail) < 1:
+            return limit, len(ids), []
+        return limit - len(tail), len(ids) - len(tail), tail
 
 
 def cut_completion(ids: list[int], budget: int, closing: int) -> list[int]:

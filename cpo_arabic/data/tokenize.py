@@ -29,7 +29,7 @@ from cpo_arabic.data.encoding import (
     TruncationMode,
     cut_completion,
 )
-from cpo_arabic.data.negatives import draw_negatives
+from cpo_arabic.data.negatives import Reference, draw_negatives
 from cpo_arabic.data.pack import TokenizedGroup
 from cpo_arabic.data.records import OnBadRow, PreferenceRecord, SkippedRow
 from cpo_arabic.data.store import SCHEMA, TokenStore, write_batches
@@ -89,6 +89,27 @@ class PreferenceDataset:
     def __len__(self) -> int:
         return len(self.store)
 
+    def references(
+        self,
+        row: int,
+        *,
+        epoch: int,
+        seed: int,
+        num_negatives: int,
+        strategy: str = "random",
+        hard_negative_ratio: float = 0.0,
+    ) -> list[Reference]:
+        """Which negatives a row's group has in an epoch."""
+        return draw_negatives(
+            self,
+            row,
+            epoch=epoch,
+            seed=seed,
+            num_negatives=num_negatives,
+            strategy=strategy,
+            hard_negative_ratio=hard_negative_ratio,
+        )
+
     def group(
         self,
         row: int,
@@ -100,8 +121,7 @@ class PreferenceDataset:
         hard_negative_ratio: float = 0.0,
     ) -> TokenizedGroup:
         """The group of a row in an epoch: its prompt, its chosen text and its drawn negatives."""
-        drawn = draw_negatives(
-            self,
+        drawn = self.references(
             row,
             epoch=epoch,
             seed=seed,

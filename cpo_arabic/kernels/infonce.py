@@ -238,12 +238,9 @@ class TiledBody:
             return
         suspects = _Suspects(problem.query_labels)
         for start, stop in spans(len(problem.queue), size):
-            rows = problem.queue[start:stop]
-            if problem.queue_scale is None:
-                rows = converted.load(rows)
-            else:
-                factor = problem.queue_scale[start:stop, None]
-                rows = torch.mul(rows, factor, out=converted.take(*rows.shape))
+            rows = converted.load(problem.queue[start:stop])
+            if problem.queue_scale is not None:  # int8, so rows is a copy
+                rows.mul_(problem.queue_scale[start:stop, None])
             similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
             yield rows, similarity, suspects.mask(similarity, problem.queue_labels[start:stop])
 
