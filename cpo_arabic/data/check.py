@@ -23,7 +23,13 @@ LONGER_IS_SUSPECT = 0.75  # share of rows whose chosen text is the longer one
 ONE_SIDED_DIALECT = 0.2  # difference in the share of texts with a marker
 
 # Function words that Modern Standard Arabic does not use, by region. A hint, not a classifier.
-DIALECT_MARKERS = {region: frozenset(words.split()) for region, words in DIALECT_MARKERS.items()}
+DIALECT_MARKERS = {
+    "Egyptian": "مش ده دي دول دلوقتي علشان عشان ازاي إزاي ليه فين كده عايز عاوز بتاع احنا إحنا",
+    "Levantine": "شو هيك هلق ليش بدي بدك منيح كتير هاد هاي لسا مو",
+    "Gulf": "وش ايش إيش وين الحين زين ابغى أبغى شلون هالحين مب",
+    "Maghrebi": "واش بزاف ديال كيفاش علاش دابا حنا هاد بغيت",
+}
+_MARKERS = {region: frozenset(words.split()) for region, words in DIALECT_MARKERS.items()}
 _WORDS = re.compile("[\u0621-\u064a\u066e-\u06d3]+")
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
 _LETTER = re.compile(r"[^\W\d_]")
