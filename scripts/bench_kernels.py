@@ -116,7 +116,7 @@ def head_implementations(args: argparse.Namespace) -> dict[str, tuple[str, Imple
     return {
         "ours": ("", head_ours),
         "ours, budget 0": ("", partial(head_ours, memory_budget=0)),
-        "ours, budget 160 MiB": ("", partial(head_ours, memory_budget=160 * MIB)),
+        "ours, budget 96 MiB": ("", partial(head_ours, memory_budget=96 * MIB)),
         "eager log-softmax": ("", head_log_softmax),
         "liger CPO, compiled, 1 pair a chunk": ("liger-kernel", partial(head_liger, chunk=1)),
         "liger CPO, compiled, 1 chunk": ("liger-kernel", partial(head_liger, chunk=args.pairs)),

@@ -45,7 +45,7 @@ TILE_ELEMENTS = 1 << 20
 """Logits of one tile: 4 MiB in float32."""
 TILE_TOKENS = (512, 8192)
 """Fewest and most tokens of one tile."""
-MEMORY_BUDGET = 48 << 20
+MEMORY_BUDGET = 24 << 20
 """Bytes of logits that a trained head may keep from forward to backward by default."""
 
 
@@ -290,25 +290,26 @@ class _Gradients:
         h = head.hidden
         self._factors, self._scale = factors, scale
         self._hidden = torch.zeros_like(h) if needs[0] else None
-        self._weight = torch.empty_like(head.weight) if needs[1] else None
+        blank = torch.empty_like if len(h) else torch.zeros_like  # without rows nothing is written
+        self._weight = blank(head.weight) if needs[1] else None
         self._bias = h.new_zeros(len(head.weight)) if needs[2] else None
         self._scaled_hidden = h * factors[:, None]
         self._slice = Scratch(h, h.dtype)
 
     def begin(self, token: int, token_end: int) -> Tensor | None:
-        """(v, D) zeros where this slice of W's gradient accumulates in the accumulation dtype."""
+        """(v, D) where this slice of W's gradient is built, in the accumulation dtype."""
         if self._weight is None:
             return None
         mine = self._weight[token:token_end]
-        same = mine.dtype == self._factors.dtype
-        return (mine if same else self._slice.take(*mine.shape)).zero_()
+        return mine if mine.dtype == self._factors.dtype else self._slice.take(*mine.shape)
 
     def add(self, tile: Tile, gradient: Tensor, weight: Tensor, part: Tensor | None) -> None:
         rows = slice(tile.row, tile.row_end)
         if self._hidden is not None:
             self._hidden[rows].addmm_(gradient, weight)
         if part is not None:
-            part.addmm_(gradient.T, self._scaled_hidden[rows])
+            # the first row tile overwrites: a third of a gigabyte need not be zeroed before
+            part.addmm_(gradient.T, self._scaled_hidden[rows], beta=float(tile.row > 0))
         if self._bias is not None:
             self._bias[tile.token : tile.token_end].addmv_(gradient.T, self._factors[rows])
 
