@@ -119,7 +119,8 @@ body { font: 16px/1.9 system-ui, "Noto Naskh Arabic", "DejaVu Sans", sans-serif;
 h1 { font-size: 1.2rem; } h2 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
 small { color: #5a6675; font-weight: normal; }
 .text { border: 1px solid #d5dbe3; border-radius: 8px; padding: .6rem .9rem;
-        white-space: pre-wrap; overflow-wrap: anywhere; }
+        white-space: pre-wrap; overflow-wrap: anywhere;
+        unicode-bidi: plaintext; text-align: start; }
 .prompt { background: #e8edf3; } .prompt:nth-child(even) { background: #d9e1ea; }
 .trains { background: #d6f0dc; } .trains:nth-child(even) { background: #bde4c7; }
 .cut { color: #9a2b2b; background: #f7e3e3; text-decoration: line-through; }
@@ -156,7 +157,8 @@ def _passage(passage: Passage) -> str:
 def _span(piece: Piece) -> str:
     classes = f"{piece.kind} control" if piece.control else piece.kind
     ids = " ".join(map(str, piece.ids))
-    return f'<span class="{classes}" title="{ids}">{html.escape(shown(piece.text))}</span>'
+    tag = "bdi" if piece.control else "span"  # what finds a paragraph's direction skips a bdi
+    return f'<{tag} class="{classes}" title="{ids}">{html.escape(shown(piece.text))}</{tag}>'
 
 
 def shown(text: str) -> str:

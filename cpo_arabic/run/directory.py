@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from cpo_arabic.errors import RunDirectoryError
 
@@ -88,8 +89,9 @@ def check_usable(root: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def claim(root: Path, *, resume: bool) -> IO[str]:
-    """Makes the directory this run's own; an overwritten one is emptied. Keep what is returned.
+@contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """Within the block the directory is this run's own; a block that writes nothing leaves nothing.
 
     Raises:
         RunDirectoryError: another run is in it, or the disk refuses.
@@ -101,19 +103,23 @@ def claim(root: Path, *, resume: bool) -> IO[str]:
         raise RunDirectoryError(
             f"training.output_dir {str(root)!r} cannot be written: {error.strerror}"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise RunDirectoryError(
-            f"training.output_dir {str(root)!r} is in use by another run; choose another folder"
-        ) from error
-    if not resume:
-        _empty(root)
-    return lock
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"training.output_dir {str(root)!r} is in use by another run; choose another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            (root / LOCK).unlink(missing_ok=True)
+            if not any(root.iterdir()):
+                root.rmdir()
 
 
-def _empty(root: Path) -> None:
+def empty(root: Path) -> None:
+    """Removes what an earlier run left; links are unlinked, never followed."""
     for entry in root.iterdir():
         if entry.name == LOCK:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate.utils import set_seed
 
 from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
+from cpo_arabic.data.records import PreferenceRecord
 from cpo_arabic.data.tokenize import PreferenceDataset
 from cpo_arabic.errors import CheckpointError, RunDirectoryError, TrainingError
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
@@ -25,7 +27,8 @@ from cpo_arabic.report.curves import draw_curves
 from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
 from cpo_arabic.run.accelerator import build_accelerator, check_trackers
-from cpo_arabic.run.directory import RunDirectory, check_usable, claim
+from cpo_arabic.run.directory import RunDirectory, check_usable, claimed, empty
+from cpo_arabic.run.enrich import enrich
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
 from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt
@@ -107,15 +110,11 @@ def train(
         observer.stage(line)
 
     accelerator = build_accelerator(config)
-    lock = claim(directory.root, resume=resume) if accelerator.is_main_process else None
-    try:
+    with claimed(directory.root) if accelerator.is_main_process else nullcontext():
         return _run(
-            config, directory, accelerator, tokenizer, train_set, held_out, observer,
-            resume=resume, stop=stop or StopRequest(),
+            config, directory, accelerator, tokenizer, records.train, train_set, held_out,
+            observer, resume=resume, stop=stop or StopRequest(),
         )  # fmt: skip
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def _run(
@@ -123,6 +122,7 @@ def _run(
     directory: RunDirectory,
     accelerator: Accelerator,
     tokenizer: Any,
+    records: list[PreferenceRecord],
     train_set: PreferenceDataset,
     held_out: PreferenceDataset | None,
     observer: Observer,
@@ -132,19 +132,29 @@ def _run(
 ) -> Result:
     set_seed(config.training.seed)
     store = CheckpointStore(directory.root, config.training.save_total_limit)
-    groups = run_data.groups(config, train_set)
-    schedule = _schedule(config, len(groups), accelerator.num_processes)
-    identity = _identity(config, groups, schedule)
+    settings = _identity(config, accelerator.num_processes)
     checkpoint = store.newest(observer.warning) if resume else None
     if checkpoint is not None:
-        _check_identity(checkpoint, identity)
-    if accelerator.is_main_process:
-        config.to_yaml(directory.config)
+        _check_identity(checkpoint, settings)
     observer.stage("loading the model")
     policy = run_model.build_policy(
         config, tokenizer, saved=checkpoint.folder if checkpoint else None
     )
     engine, optimizer = _engine(config, accelerator, policy, tokenizer)
+    # Whatever could refuse this run has had its say: an earlier one may be replaced now.
+    if accelerator.is_main_process:
+        if not resume:
+            empty(directory.root)
+        config.to_yaml(directory.config)
+    if config.data.create_hard_negatives or config.data.augment_data:
+        with accelerator.main_process_first():
+            records = enrich(config, records, observer)
+        train_set = run_data.tokenize(config, records, tokenizer)
+    groups = run_data.groups(config, train_set)
+    schedule = _schedule(config, len(groups), accelerator.num_processes)
+    identity = {**settings, "rows": len(groups), "data": run_data.fingerprint(groups)}
+    if checkpoint is not None:
+        _check_identity(checkpoint, identity)
     collate = run_data.collation(config, tokenizer)
     batch_size = config.training.eval_batch_size or config.training.batch_size
     held = run_data.groups(config, held_out) if held_out is not None else None
@@ -284,8 +294,8 @@ def _settings(config: CPOConfig, schedule: Schedule | None) -> TrainerSettings:
     )
 
 
-def _identity(config: CPOConfig, groups: run_data.Groups, schedule: Schedule) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that resumes it."""
+def _identity(config: CPOConfig, processes: int) -> dict[str, Any]:
+    """The settings a checkpoint must agree on with the run that resumes it."""
     settings = {
         f"{name}.{field}": value
         for name, section in config.model_dump(mode="json").items()
@@ -293,22 +303,15 @@ def _identity(config: CPOConfig, groups: run_data.Groups, schedule: Schedule) ->
         for field, value in section.items()
         if f"{name}.{field}" not in FREE_ON_RESUME and not field.endswith("init_kwargs")
     }
-    return {
-        "settings": settings,
-        "rows": len(groups),
-        "data": run_data.fingerprint(groups),
-        "processes": schedule.world_size,
-    }
+    return {**settings, "processes": processes}
 
 
 def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     old = checkpoint.state["identity"]
-    flat_old = {**old["settings"], **{k: v for k, v in old.items() if k != "settings"}}
-    flat_new = {**identity["settings"], **{k: v for k, v in identity.items() if k != "settings"}}
     changed = [
-        f"{key}: {flat_old.get(key)!r} then, {flat_new.get(key)!r} now"
-        for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key)
+        f"{key}: {old.get(key)!r} then, {value!r} now"
+        for key, value in sorted(identity.items())
+        if old.get(key) != value
     ]
     if changed:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cpo_arabic.errors import CheckpointError, RunDirectoryError, TrainingError
-from cpo_arabic.run.directory import claim
+from cpo_arabic.run.directory import claimed
 from cpo_arabic.run.training import Result, train
 from cpo_arabic.training.metrics import MetricsFile
 from cpo_arabic.training.observer import SilentObserver
@@ -233,10 +233,11 @@ def test_a_used_directory_is_refused_unless_told(toy_config: Make) -> None:
 
 
 def test_two_runs_in_one_directory_are_refused(toy_config: Make, tmp_path: Path) -> None:
-    lock = claim(tmp_path / "run", resume=False)
-    with pytest.raises(RunDirectoryError, match="in use by another run"):
+    root = tmp_path / "run"
+    in_use = pytest.raises(RunDirectoryError, match="in use by another run")
+    with claimed(root), in_use:
         train(toy_config(), SilentObserver())
-    lock.close()
+    assert not root.exists()
 
 
 def test_resume_without_a_run_is_refused(toy_config: Make) -> None:
@@ -359,3 +360,52 @@ def test_no_secret_and_no_thread_is_left_behind(toy_config: Make) -> None:
     result = train(toy_config("training.max_steps=1"), SilentObserver())
     assert threading.active_count() <= before + 1
     assert "init_kwargs: null" in result.directory.config.read_text()
+
+
+def test_a_mistake_met_late_leaves_an_earlier_run_as_it_was(toy_config: Make) -> None:
+    from cpo_arabic.errors import ModelError
+
+    first = train(toy_config("training.max_steps=1"), SilentObserver())
+    with pytest.raises(ModelError, match="lora_target_modules"):
+        train(
+            toy_config(
+                "training.overwrite_output_dir=true", "optimization.lora_target_modules=[no]"
+            ),
+            SilentObserver(),
+        )
+    assert first.directory.summary.exists()
+
+
+def test_a_refused_run_leaves_no_directory(toy_config: Make, tmp_path: Path) -> None:
+    from cpo_arabic.errors import ModelError
+
+    with pytest.raises(ModelError):
+        train(toy_config("optimization.lora_target_modules=[no]"), SilentObserver())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("strategy", ["semantic_search", "self"])
+def test_mined_negatives_are_kept_in_a_file_and_trained_on(toy_config: Make, strategy: str) -> None:
+    result = train(
+        toy_config("data.create_hard_negatives=true", f"data.hard_negative_strategy={strategy}",
+                   "cpo.hard_negative_ratio=1", "cpo.negative_sampling_strategy=hard",
+                   "cpo.max_target_length=8", "training.max_steps=1"),
+        SilentObserver(),
+    )  # fmt: skip
+    (mined,) = result.directory.root.glob("mined-*.jsonl")
+    rows = [json.loads(line) for line in mined.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 12
+    for row in rows:
+        assert row["mined"]
+        assert row["chosen"] not in [found["text"] for found in row["mined"]]
+
+
+@pytest.mark.parametrize("strategy", ["paraphrase", "orthography"])
+def test_augmented_twins_are_trained_on(toy_config: Make, strategy: str) -> None:
+    result = train(
+        toy_config("data.augment_data=true", f"data.augmentation_strategy={strategy}",
+                   "data.augmentation_ratio=0.5", "cpo.max_prompt_length=16",
+                   "training.max_steps=1"),
+        SilentObserver(),
+    )  # fmt: skip
+    assert result.summary["train_rows"] == 18
