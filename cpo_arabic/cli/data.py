@@ -142,24 +142,26 @@ def _facts(found: DataCheck) -> Table:
 
 
 def _histograms(name: str, lengths: dict[str, Any]) -> Table:
+    """Quantiles, and a bar a bin under the bin's upper bound."""
     from cpo_arabic.data.check import EDGES
 
-    table = Table(box=None, title=f"Tokens, {name}", title_justify="left", title_style="bold")
-    last = max(i for found in lengths.values() for i, count in enumerate(found.histogram) if count)
-    bins = [f"<{edge}" for edge in EDGES[1 : last + 2]]
-    for heading in ("", "median", "p90", "most", *bins):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for label, found in lengths.items():
-        numbers = (found.median, found.p90, found.most)
-        table.add_row(label, *map(str, numbers), *_bars(found.histogram[: len(bins)]))
-    return table
-
-
-def _bars(histogram: tuple[int, ...]) -> list[str]:
-    """One character a bin, as tall as the bin is full."""
-    most = max(histogram) or 1
+    bounds = [str(edge) if edge < 1000 else f"{edge // 1000}k" for edge in EDGES[1:]] + ["more"]
+    table = Table(
+        box=None, title=f"Tokens, {name}", title_justify="left", title_style="bold", padding=(0, 1)
+    )
+    table.add_column("below", no_wrap=True)
+    for heading in ("median", "p99", "most"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(" ".join(bounds), no_wrap=True)
     marks = "▁▂▃▄▅▆▇█"
-    return [marks[max(0, round(8 * n / most) - 1)] if n else "·" for n in histogram]
+    for label, found in lengths.items():
+        most = max(found.histogram) or 1
+        bars = " ".join(
+            (marks[max(0, round(8 * count / most) - 1)] if count else "·").rjust(len(bound))
+            for count, bound in zip(found.histogram, bounds, strict=True)
+        )
+        table.add_row(label, str(found.median), str(found.p99), str(found.most), bars)
+    return table
 
 
 # --- preview ------------------------------------------------------------------------------------

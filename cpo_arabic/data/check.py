@@ -70,7 +70,7 @@ class SplitCheck:
     repeated_rows: int  # same prompt and same completions as an earlier row
     easy_negatives: float  # a row, on average
     hard_negatives: float
-    chosen_longer: float  # share of rows whose chosen text outgrows the mean of its negatives
+    chosen_longer: float  # share of rows whose chosen text outgrows its negatives' mean
     length_ratio: float  # tokens of chosen / tokens of negatives, before the cut
     chosen: Side
     negatives: Side
@@ -126,7 +126,7 @@ def _split(records: Sequence[PreferenceRecord], dataset: PreferenceDataset) -> S
         repeated_rows=sum(count - 1 for count in repeated.values()),
         easy_negatives=_mean([len(record.easy_negatives) for record in records]),
         hard_negatives=_mean([len(record.hard_negatives) for record in records]),
-        chosen_longer=_mean([c[0] > _mean(c[1:]) for _, c in before]),
+        chosen_longer=_mean([_outgrows(c[0], _mean(c[1:])) for _, c in before]),
         length_ratio=chosen / negatives if negatives else 0.0,
         chosen=_side([record.chosen for record in records]),
         negatives=_side([text for record in records for text in record.completions[1:]]),
@@ -144,6 +144,10 @@ def _split(records: Sequence[PreferenceRecord], dataset: PreferenceDataset) -> S
         negatives_alike_after_cut=report.negatives_alike_after_cut,
         refused=len(report.refused),
     )
+
+
+def _outgrows(chosen: float, negatives: float) -> float:
+    return 0.5 if chosen == negatives else float(chosen > negatives)
 
 
 def _mean(values: Sequence[float]) -> float:
