@@ -14,7 +14,6 @@ intermediate tokens that the merges of all of these pass through. The result has
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import unicodedata
 from collections import Counter
@@ -25,10 +24,8 @@ from typing import Any
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from cpo_arabic.data.byte_pairs import PATTERN, Ranks, bpe, byte_alphabet, merge_pair, read_ranks
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -44,40 +41,6 @@ DIGITS = "0123456789٠١٢٣٤٥٦٧٨٩"
 LATIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[]_"
 WORDS = ("system", "user", "assistant", "\n", "\n\n", ".\n", "؟\n", " .", " ،", " ؟")
-
-Ranks = Mapping[bytes, int]
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a tiktoken file: one base64 token and its rank a line."""
-    pairs = (line.split() for line in path.read_bytes().splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
-
-
-def bpe(ranks: Ranks, word: bytes, below: int | None = None) -> list[bytes]:
-    """Split `word` by byte-pair encoding, using only merges of a rank under `below`."""
-    parts = [word[i : i + 1] for i in range(len(word))]
-    while len(parts) > 1:
-        candidates = [
-            (ranks[parts[i] + parts[i + 1]], i)
-            for i in range(len(parts) - 1)
-            if parts[i] + parts[i + 1] in ranks
-        ]
-        if not candidates:
-            break
-        rank, i = min(candidates)
-        if below is not None and rank >= below:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def merge_pair(ranks: Ranks, token: bytes) -> tuple[bytes, bytes]:
-    """Recover the two parts whose merge made `token`."""
-    parts = bpe(ranks, token, below=ranks[token])
-    if len(parts) != 2:
-        raise ValueError(f"token {token!r} is not the merge of two tokens but of {len(parts)}")
-    return parts[0], parts[1]
 
 
 def count_tokens(ranks: Ranks, lines: Iterable[str]) -> Counter[bytes]:
@@ -113,15 +76,6 @@ def close_under_merges(ranks: Ranks, wanted: Iterable[bytes]) -> dict[bytes, tup
         pairs[token] = merge_pair(ranks, token)
         todo.extend(part for part in pairs[token] if len(part) > 1)
     return pairs
-
-
-def byte_alphabet() -> dict[int, str]:
-    """Give the printable character that stands for each byte in a byte-level vocabulary."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {byte: chr(byte) for byte in printable}
-    others = (byte for byte in range(256) if byte not in table)
-    table.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    return table
 
 
 def tokenizer_json(ranks: Ranks, pairs: Mapping[bytes, tuple[bytes, bytes]]) -> dict[str, Any]:

@@ -15,6 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from cpo_arabic.errors import ModelError
+from cpo_arabic.modeling.legacy_qwen import (
+    hub_options,
+    legacy_settings,
+    load_legacy_model,
+    load_legacy_tokenizer,
+)
 
 PROJECTION_FILE = "projection_head.safetensors"
 
@@ -43,15 +49,19 @@ class LoraSettings:
 
 
 def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of a folder or hub name.
+    """The tokenizer of a folder or hub name; first-generation Qwen's is made from its ranks.
 
     Raises:
         ModelError: it cannot be found, or has no token to end a completion with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = _legacy_tokenizer(name, revision)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
@@ -62,30 +72,61 @@ def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) 
     return tokenizer
 
 
+def _legacy_tokenizer(name: str, revision: str | None) -> Any | None:
+    try:
+        settings = legacy_settings(name, revision, {})
+    except OSError:  # a tokenizer's folder needs no config.json
+        return None
+    return None if settings is None else load_legacy_tokenizer(name, settings, revision=revision)
+
+
 def load_model(source: ModelSource) -> Any:
-    """A transformers causal language model.
+    """A transformers causal language model; first-generation Qwen becomes a Qwen2.
 
     Raises:
         ModelError: it cannot be found, its class is unknown, its code is not trusted, or the
             machine cannot quantise.
     """
     quantization = _quantization(source.quantization_bits)
+    options = _loading_options(source, quantization)
     try:
+        legacy = legacy_settings(source.name, source.revision, options)
+        if legacy is not None:
+            return load_legacy_model(source.name, legacy, revision=source.revision, options=options)
         config = AutoConfig.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+            source.name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **hub_options(options),
         )
         return AutoModelForCausalLM.from_pretrained(
             source.name,
             config=config,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
-            dtype=source.dtype,
-            attn_implementation=source.attn_implementation,
-            **({"quantization_config": quantization} if quantization else {}),
-            **(source.init_kwargs or {}),
+            **options,
         )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise ModelError(_cannot_load("model", source.name, error)) from error
+
+
+def _loading_options(
+    source: ModelSource, quantization: BitsAndBytesConfig | None
+) -> dict[str, Any]:
+    given = dict(source.init_kwargs or {})
+    ours = {"dtype": source.dtype, "attn_implementation": source.attn_implementation}
+    if quantization is not None:
+        ours["quantization_config"] = quantization
+    reserved = {*ours, "config", "revision", "state_dict", "trust_remote_code"}
+    twice = sorted(reserved & given.keys())
+    if twice:
+        raise ModelError(
+            f"model_init_kwargs sets {', '.join(twice)}, which fields of the model section and "
+            "optimization.use_quantization set; use those"
+        )
+    return {**ours, **given}
 
 
 def check_quantization() -> None:

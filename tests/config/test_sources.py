@@ -136,6 +136,32 @@ def test_an_unknown_variable_in_dotenv_names_the_line(tmp_path: Path) -> None:
         load(tmp_path, FILE, env_file=path)
 
 
+def test_dotenv_is_taken_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No variable of the machine is put in, and a line of others is no business of ours."""
+    monkeypatch.setenv("PLACE", "elsewhere")
+    path = tmp_path / "x.env"
+    path.write_text("OTHER='broken\nCPO_ARABIC_LOGGING__RUN_NAME=x\n")
+    assert load(tmp_path, FILE, env_file=path).config.logging.run_name == "x"
+    path.write_text("CPO_ARABIC_DATA__TRAIN_FILE=${PLACE}/a.jsonl\n")
+    assert load(tmp_path, FILE, env_file=path).config.data.train_file == "${PLACE}/a.jsonl"
+    assert not caplog.records
+
+
+def test_a_repeated_variable_in_dotenv_is_its_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.env"
+    path.write_text("CPO_ARABIC_CPO__BETA=0.5\nCPO_ARABIC_CPO__BETA=0.6\n")
+    loaded = load(tmp_path, FILE, env_file=path)
+    assert loaded.config.cpo.beta == 0.6
+    assert str(loaded.provenance["cpo.beta"]).endswith("x.env:2")
+
+
+def test_a_folder_for_dotenv_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a directory"):
+        load(tmp_path, FILE, env_file=tmp_path)
+
+
 def test_a_missing_dotenv_is_none(tmp_path: Path) -> None:
     assert load(tmp_path, FILE, env_file=tmp_path / "none").config.cpo.beta == 0.2
 
