@@ -41,7 +41,7 @@ class _DotEnv(DotEnvSettingsSource):
         self.broken: list[int] = []
         super().__init__(_Variables, env_file=path.absolute())
 
-    def _read_env_file(self, file_path: Path) -> Mapping[str, str | None]:
+    def _read_env_file(self, file_path: Path) -> Mapping[str, str | None]:  # noqa: ARG002
         found: dict[str, str | None] = {}
         for binding in parse_stream(io.StringIO(self.text)):
             if binding.error and PREFIX in binding.original.string.upper():
