@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpo_arabic.cli.data import run_check, show_check
 from cpo_arabic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def validate_config(
         bool, typer.Option("--strict", help="Let warnings count: exit with 2 if there is one.")
     ] = False,
     data: Annotated[
-        bool, typer.Option("--data", help="Let missing data files count as errors.")
+        bool,
+        typer.Option("--data", help="Read the data too and report on it, as data check does."),
     ] = False,
 ) -> None:
     """Check a configuration: errors, warnings and advice, and the objective in one line.
@@ -70,11 +72,15 @@ def validate_config(
     findings = [*missing, *loaded.findings]
     refused = strict and any(finding.severity == "warning" for finding in findings)
     objective = describe_objective(loaded.config)
+    report, bad_row = run_check(loaded.config) if data else (None, False)
     if as_json:
-        show.print_json(show.verdict_as_data(objective, findings, not refused))
+        verdict = show.verdict_as_data(objective, findings, not refused)
+        show.print_json(verdict if report is None else verdict | {"data": report.as_data()})
     else:
         show.show_verdict(show.safe(str(config)), objective, findings, strict)
-    if refused:
+        if report is not None:
+            show_check(report, show.stdout())
+    if refused or bad_row:
         raise typer.Exit(EXIT_REFUSED)
 
 
