@@ -124,11 +124,12 @@ def _answers(
     model, tokenizer = _helper(config, config.data.mining_model)
     dataset = run_data.tokenize(config, records, tokenizer)
     prompts = [dataset.store.prompt_ids(row) for row in range(len(dataset))]
+    longest = max(dataset.lengths(row)[1][0] for row in range(len(dataset)))
     return sample(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=config.cpo.max_target_length or 1,
+        max_new_tokens=longest,  # of the chosen answers: a longer one is no better a negative
         seed=config.training.seed,
         progress=_progress(observer, "sampled"),
     )
@@ -141,7 +142,7 @@ def _paraphrased(config: CPOConfig, texts: Sequence[str], observer: Observer) ->
         model,
         tokenizer,
         prompts,
-        max_new_tokens=config.cpo.max_prompt_length or 1,
+        max_new_tokens=min(config.cpo.max_prompt_length or 1, max(map(len, prompts))),
         seed=config.training.seed,
         progress=_progress(observer, "paraphrased"),
     )
