@@ -90,7 +90,8 @@ class TextEncoder:
 
     def __call__(self, text: str) -> list[int]:
         """Encode one text."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        # The batch call is the one that computes no offsets, a sixth of the time.
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def segments(self, parts: Sequence[Segment]) -> list[int]:
