@@ -55,14 +55,14 @@ def token_log_probs(
         bias, each only where required.
     """
     _check_head(hidden, weight, targets, bias, softcap)
-    name = choose_backend(backend)
+    name = choose_backend(backend, hidden)
     if name == "eager":
         return eager_token_log_probs(hidden, weight, targets, bias, softcap, scale)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     result: Tensor = _logprob.TokenLogProbsFunction.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, softcap, scale, memory_budget, _logprob.TiledBody()
+        hidden, weight, bias, targets, softcap, scale, memory_budget, _logprob_body(name)
     )
     return result
 
@@ -113,25 +113,55 @@ def infonce(
         queue_labels: (Q, 3), with a queue.
         queue_scale: (Q,) float32, factor of each int8 row.
         backend: see the package.
-        tile: keys of one tile; chosen from B if not given.
+        tile: keys of one tile of the tiled backend; chosen from B if not given.
 
     Returns:
         :class:`InfoNCEOutput`; its loss is float32, or float64 where ``queries`` is float64.
     """
     _check_infonce(queries, keys, positives, query_labels, key_labels, temperature, concentration)
     _check_queue(queries, queue, queue_labels, queue_scale)
-    name = choose_backend(backend)
+    name = _infonce_backend(backend, queries)
     labels = (positives, query_labels, key_labels, queue, queue_labels, queue_scale)
     numbers = (temperature, margin, concentration)
     if name == "eager":
         return InfoNCEOutput(*eager_infonce(queries, keys, *labels, *numbers))
     if not torch.is_grad_enabled():
         queries, keys = queries.detach(), keys.detach()
-    body = _infonce.TiledBody(tile)
+    body = _infonce_body(name, tile)
     outputs = _infonce.InfoNCEFunction.apply(  # type: ignore[no-untyped-call]
         queries, keys, *labels, *numbers, body
     )
     return InfoNCEOutput(*outputs)
+
+
+def _logprob_body(name: Backend) -> _logprob.Body:
+    if name == "tiled":
+        return _logprob.TiledBody()
+    from cpo_arabic.kernels.triton_logprob import TritonBody
+
+    return TritonBody()
+
+
+def _infonce_body(name: Backend, tile: int | None) -> _infonce.Body:
+    if name == "tiled":
+        return _infonce.TiledBody(tile)
+    from cpo_arabic.kernels.triton_infonce import TritonBody
+
+    return TritonBody()
+
+
+def _infonce_backend(asked: Backend, queries: Tensor) -> Backend:
+    """The Triton kernel keeps a row in registers and accumulates in float32; "auto" respects it."""
+    name = choose_backend(asked, queries)
+    suits = queries.shape[1] <= _infonce.TRITON_MAX_DIM and queries.dtype != torch.float64
+    if name == "triton" and not suits:
+        if asked == "auto":
+            return "tiled"
+        raise ValueError(
+            f"backend triton takes up to {_infonce.TRITON_MAX_DIM} dimensions below float64, "
+            f"not {queries.shape[1]} in {queries.dtype}"
+        )
+    return name
 
 
 def _check_head(

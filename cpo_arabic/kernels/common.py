@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -13,13 +14,28 @@ Backend = Literal["auto", "eager", "tiled", "triton"]
 """``auto`` goes by the tensors' device; any other name is obeyed or refused, never replaced."""
 
 
-def choose_backend(asked: Backend) -> Backend:
-    """``asked``, or the one that "auto" stands for."""
+def choose_backend(asked: Backend, tensor: Tensor) -> Backend:
+    """``asked``, or for "auto" the fastest that the tensor's device has."""
     if asked == "auto":
-        return "tiled"
-    if asked not in ("eager", "tiled"):
-        raise ValueError(f"backend must be auto, eager or tiled, not {asked!r}")
+        return "triton" if tensor.is_cuda and find_spec("triton") else "tiled"
+    if asked not in ("eager", "tiled", "triton"):
+        raise ValueError(f"backend must be auto, eager, tiled or triton, not {asked!r}")
+    if asked == "triton":
+        _require_triton(tensor)
     return asked
+
+
+def _require_triton(tensor: Tensor) -> None:
+    if find_spec("triton") is None:
+        raise ValueError("backend triton needs the triton package, which is not installed")
+    if not tensor.is_cuda:
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"backend triton needs CUDA tensors, not {tensor.device.type} ones, unless "
+                "TRITON_INTERPRET=1 was set before triton was imported"
+            )
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

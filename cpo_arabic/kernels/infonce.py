@@ -41,6 +41,8 @@ TILE_ELEMENTS = 1 << 18
 """Similarities of one tile: 1 MiB in float32, which stays in a core's second-level cache."""
 TILE_KEYS = (128, 4096)
 """Fewest and most keys of one tile: fewer starve the product, more spill a converted tile."""
+TRITON_MAX_DIM = 512
+"""The Triton kernel holds whole rows of queries and sums in registers."""
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,13 @@ class Body(Protocol):
         *,
         softcap: float | None,
         out: Tensor,
-        with_slope: bool,
+        pulling: bool,
     ) -> Tensor:
         """Adds a tile to the running (t,) ``peak`` and ``total``; (t,) factor on older sums.
 
-        ``logits`` are left capped with −inf at the targets; ``out``, which may be ``logits``, gets
-        exp(logits − peak), times the cap's slope if ``with_slope``.
+        ``out`` may be ``logits`` itself. Where it is not, the logits are left capped, with −inf at
+        the targets. Where ``pulling``, ``out`` gets exp(logits − peak) times the cap's slope, and
+        0 at the targets; otherwise its content is of no account.
         """
         ...
 
@@ -221,7 +222,7 @@ def _forward(
             local = head.targets[row:row_end] - token
             decay = body.absorb(
                 logits, local, peak, total,
-                softcap=head.softcap, out=scratch, with_slope=into is not None,
+                softcap=head.softcap, out=scratch, pulling=into is not None,
             )  # fmt: skip
             if into is not None:
                 into.mul_(decay[:, None]).addmm_(scratch, weight)
@@ -338,12 +339,12 @@ class TiledBody:
         *,
         softcap: float | None,
         out: Tensor,
-        with_slope: bool,
+        pulling: bool,
     ) -> Tensor:
         slope = None
         if softcap is not None:
             logits.div_(softcap).tanh_()
-            slope = 1 - logits * logits if with_slope else None
+            slope = 1 - logits * logits if pulling else None
             logits.mul_(softcap)
         _put_at_target(logits, local, torch.full_like(peak, -math.inf))
         raised = torch.maximum(peak, logits.amax(1))
