@@ -16,6 +16,7 @@ from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
 from cpo_arabic.run.accelerator import build_accelerator
 from cpo_arabic.run.directory import RunDirectory
+from cpo_arabic.run.messages import levelled
 from cpo_arabic.training.evaluation import evaluate
 from cpo_arabic.training.observer import Observer
 
@@ -58,6 +59,7 @@ def compare(config: CPOConfig, observer: Observer) -> Comparison:
             f"{str(directory.final)!r} does not exist: the run is not finished. Train it with "
             "cpo-arabic train, or go on with --resume"
         )
+    observer = levelled(config, observer)
     observer.stage("reading the data")
     records = run_data.read_test(config) or run_data.read(config).validation
     if not records:

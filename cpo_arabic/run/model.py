@@ -97,8 +97,6 @@ def build_policy(config: CPOConfig, tokenizer: Any, *, saved: Path | None = None
         load_projection(projection, saved)
     if config.data.disable_dropout:
         disable_dropout(model)
-    if config.data.ignore_bias_buffers:
-        leave_boolean_buffers_out(model)
     if config.optimization.use_gradient_checkpointing:
         causal_lm(model).gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -107,6 +105,8 @@ def build_policy(config: CPOConfig, tokenizer: Any, *, saved: Path | None = None
         dropout=config.cpo.simcse_dropout, normalize=config.cpo.normalize_embeddings
     )
     policy = Policy(model, projection, settings)
+    if config.data.ignore_bias_buffers:
+        leave_boolean_buffers_out(policy)  # the module that is distributed
     if config.optimization.torch_compile:
         policy.decoder.compile(dynamic=True)
     return policy

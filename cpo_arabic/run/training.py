@@ -29,6 +29,7 @@ from cpo_arabic.run import model as run_model
 from cpo_arabic.run.accelerator import build_accelerator, check_trackers
 from cpo_arabic.run.directory import RunDirectory, check_usable, claimed, empty
 from cpo_arabic.run.enrich import enrich
+from cpo_arabic.run.messages import levelled
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
 from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt
@@ -93,6 +94,7 @@ def train(
     directory = RunDirectory(Path(config.training.output_dir))
     overwrite = config.training.overwrite_output_dir
     check_usable(directory.root, resume=resume, overwrite=overwrite)
+    observer = levelled(config, observer)
     run_model.check_hardware(config)
     check_trackers(config)
     observer.stage("reading the data")
