@@ -49,9 +49,9 @@ class CPODataConfig(Section):
     dataset_split: Name = "train"
     """Split of that data set to train on."""
     streaming: bool = False
-    """Whether rows are read while training instead of all before it."""
+    """Whether rows stream into memory-mapped tokens in cache_dir, never held in memory at once."""
     cache_dir: PathText | None = None
-    """Folder for prepared data and precomputed scores; null takes the user's cache folder."""
+    """Folder that keeps tokens, mined rows and reference scores between runs; null: this run's."""
     max_samples: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Training rows that are used, drawn after shuffling by the seed; null uses all."""
     validation_split_percentage: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -291,6 +291,38 @@ def hard_negatives_have_a_source(c: Settled) -> Broken | None:
     )
 
 
+@rule(
+    "data.streaming",
+    "data.cache_dir",
+    "data.train_file",
+    "data.max_samples",
+    "data.create_hard_negatives",
+    "data.augment_data",
+)
+def streaming_holds_no_rows(c: Settled) -> Broken | None:
+    """``data.streaming`` needs a folder for the tokens, and nothing that needs all rows at once."""
+    if not c.data.streaming:
+        return None
+    if c.data.cache_dir is None:
+        return Broken(
+            "data.streaming is true, but data.cache_dir is null: the tokens have nowhere to go",
+            "name a folder in cache_dir first, or streaming: false",
+        )
+    needs_all = {
+        "data.train_file as a mixture": isinstance(c.data.train_file, dict),
+        "data.max_samples": c.data.max_samples is not None,
+        "data.create_hard_negatives": c.data.create_hard_negatives,
+        "data.augment_data": c.data.augment_data,
+    }
+    for name, used in needs_all.items():
+        if used:
+            return Broken(
+                f"data.streaming is true, but {name} needs every row at once",
+                "leave one of them out",
+            )
+    return None
+
+
 @rule("cpo.projection_dim", "cpo.contrastive_weight")
 def projection_needs_contrast(c: Settled) -> Broken | None:
     """``cpo.projection_dim`` needs a contrastive term."""

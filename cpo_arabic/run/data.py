@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup, collate, plan_
 from cpo_arabic.data.records import (
     Columns,
     PreferenceRecord,
+    ReadReport,
     RecordSet,
+    iter_records,
     limit_records,
     read_records,
     split_records,
@@ -74,11 +76,11 @@ def read(config: CPOConfig) -> Records:
         DataError: a file is missing or a row cannot be used.
     """
     data, seed = config.data, config.training.seed
-    everything = _read(config, _train_source(config))
+    everything = _read(config, train_source(config))
     notes = everything.report.lines()
-    validation_file = _validation_file(config)
-    if validation_file is not None:
-        held = _read(config, validation_file)
+    named = validation_file(config)
+    if named is not None:
+        held = _read(config, named)
         notes += [f"held out: {line}" for line in held.report.lines()]
         train, validation = everything.records, held.records
         shared = {r.prompt_key for r in train} & {r.prompt_key for r in validation}
@@ -99,9 +101,13 @@ def read_test(config: CPOConfig) -> list[PreferenceRecord]:
 
 
 def tokenize(
-    config: CPOConfig, records: Sequence[PreferenceRecord], tokenizer: Any
+    config: CPOConfig,
+    records: Iterable[PreferenceRecord],
+    tokenizer: Any,
+    *,
+    cache_key: str | None = None,
 ) -> PreferenceDataset:
-    """Tokenises rows within the configuration's budgets."""
+    """Tokenises rows within the configuration's budgets; a stream of them under ``cache_key``."""
     data, cpo = config.data, config.cpo
     return tokenize_records(
         records,
@@ -116,6 +122,7 @@ def tokenize(
         num_workers=data.preprocessing_num_workers,
         on_bad_row=data.on_bad_row,
         cache_dir=data.cache_dir,
+        cache_key=cache_key,
     )
 
 
@@ -179,25 +186,42 @@ def held_out_batches(
         yield collate_groups([source.group(row, 0) for row in rows])
 
 
-def _read(config: CPOConfig, source: Any) -> RecordSet:
+def iterate(config: CPOConfig, source: Any, report: ReadReport) -> Iterator[PreferenceRecord]:
+    """Streams a source's rows; nothing but the row at hand is held."""
+    return iter_records(
+        source,
+        columns=columns_of(config),
+        on_bad_row=config.data.on_bad_row,
+        normalization=config.data.normalization,
+        report=report,
+    )
+
+
+def columns_of(config: CPOConfig) -> Columns:
+    """The names of the columns."""
     data = config.data
+    return Columns(
+        prompt=data.prompt_column,
+        chosen=data.chosen_column,
+        rejected=data.rejected_column,
+        system=data.system_column,
+        multiple_negatives=data.multiple_negatives_column,
+        hard_negatives=data.hard_negatives_column,
+    )
+
+
+def _read(config: CPOConfig, source: Any) -> RecordSet:
     return read_records(
         source,
-        columns=Columns(
-            prompt=data.prompt_column,
-            chosen=data.chosen_column,
-            rejected=data.rejected_column,
-            system=data.system_column,
-            multiple_negatives=data.multiple_negatives_column,
-            hard_negatives=data.hard_negatives_column,
-        ),
-        on_bad_row=data.on_bad_row,
-        normalization=data.normalization,
+        columns=columns_of(config),
+        on_bad_row=config.data.on_bad_row,
+        normalization=config.data.normalization,
         seed=config.training.seed,
     )
 
 
-def _train_source(config: CPOConfig) -> Any:
+def train_source(config: CPOConfig) -> Any:
+    """What is read for training: files, or a hub's data set with its options."""
     data = config.data
     if data.dataset_name is None:
         return data.train_file
@@ -207,7 +231,7 @@ def _train_source(config: CPOConfig) -> Any:
     return f"{data.dataset_name}?{'&'.join(options)}"
 
 
-def _validation_file(config: CPOConfig) -> str | None:
+def validation_file(config: CPOConfig) -> str | None:
     """The held-out file; the documented default path counts only where it exists."""
     path = config.data.validation_file
     if path is None:

@@ -15,7 +15,6 @@ from accelerate.utils import set_seed
 
 from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
-from cpo_arabic.data.records import PreferenceRecord
 from cpo_arabic.data.tokenize import PreferenceDataset
 from cpo_arabic.errors import CheckpointError, RunDirectoryError, TrainingError
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
@@ -30,6 +29,7 @@ from cpo_arabic.run.accelerator import build_accelerator, check_trackers
 from cpo_arabic.run.directory import RunDirectory, check_usable, claimed, empty
 from cpo_arabic.run.enrich import enrich
 from cpo_arabic.run.messages import levelled
+from cpo_arabic.run.stream import stream
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
 from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt
@@ -97,24 +97,26 @@ def train(
     observer = levelled(config, observer)
     run_model.check_hardware(config)
     check_trackers(config)
-    observer.stage("reading the data")
-    records = run_data.read(config)
-    for note in records.notes:
-        observer.stage(note)
     observer.stage("loading the tokenizer")
     tokenizer = run_model.tokenizer_of(config)
+    observer.stage("reading the data")
+    records = None if config.data.streaming else run_data.read(config)
+    for note in records.notes if records is not None else ():
+        observer.stage(note)
     observer.stage("tokenising")
-    train_set = run_data.tokenize(config, records.train, tokenizer)
-    held_out = (
-        run_data.tokenize(config, records.validation, tokenizer) if records.validation else None
-    )
+    if records is None:
+        train_set, held_out = stream(config, tokenizer)
+    else:
+        train_set = run_data.tokenize(config, records.train, tokenizer)
+        held = records.validation
+        held_out = run_data.tokenize(config, held, tokenizer) if held else None
     for line in train_set.report.lines():
         observer.stage(line)
 
     accelerator = build_accelerator(config)
     with claimed(directory.root) if accelerator.is_main_process else nullcontext():
         return _run(
-            config, directory, accelerator, tokenizer, records.train, train_set, held_out,
+            config, directory, accelerator, tokenizer, records, train_set, held_out,
             observer, resume=resume, stop=stop or StopRequest(),
         )  # fmt: skip
 
@@ -124,7 +126,7 @@ def _run(
     directory: RunDirectory,
     accelerator: Accelerator,
     tokenizer: Any,
-    records: list[PreferenceRecord],
+    records: run_data.Records | None,
     train_set: PreferenceDataset,
     held_out: PreferenceDataset | None,
     observer: Observer,
@@ -148,10 +150,11 @@ def _run(
         if not resume:
             empty(directory.root)
         config.to_yaml(directory.config)
-    if config.data.create_hard_negatives or config.data.augment_data:
+    enriched = config.data.create_hard_negatives or config.data.augment_data
+    if enriched and records is not None:
         with accelerator.main_process_first():
-            records = enrich(config, records, observer)
-        train_set = run_data.tokenize(config, records, tokenizer)
+            rows = enrich(config, records.train, observer)
+        train_set = run_data.tokenize(config, rows, tokenizer)
     groups = run_data.groups(config, train_set)
     schedule = _schedule(config, len(groups), accelerator.num_processes)
     identity = {**settings, "rows": len(groups), "data": run_data.fingerprint(groups)}

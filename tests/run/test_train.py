@@ -409,3 +409,16 @@ def test_augmented_twins_are_trained_on(toy_config: Make, strategy: str) -> None
         SilentObserver(),
     )  # fmt: skip
     assert result.summary["train_rows"] == 18
+
+
+def test_streamed_rows_train_and_are_tokenised_once(toy_config: Make, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    overrides = ("data.max_samples=null", "data.streaming=true", f"data.cache_dir={cache}",
+                 "training.max_steps=1", "data.validation_file=null")  # fmt: skip
+    first = train(toy_config(*overrides), SilentObserver())
+    entries = sorted(cache.glob("tokens-*"))
+    assert len(entries) == 2
+    again = train(toy_config(*overrides, "training.overwrite_output_dir=true"), SilentObserver())
+    assert sorted(cache.glob("tokens-*")) == entries
+    assert again.summary["train_rows"] == first.summary["train_rows"]
+    assert 200 < first.summary["train_rows"] < 265
