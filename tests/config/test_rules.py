@@ -42,6 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"cpo.hard_negative_ratio": 0.5, "data.hard_negatives_column": None},
     ),
+    "streaming_holds_no_rows": (
+        {"data.streaming": True, "data.cache_dir": "cache", "data.max_samples": 5},
+        {"data.streaming": True, "data.cache_dir": "cache"},
+    ),
     "projection_needs_contrast": (
         {"cpo.projection_dim": 8, "cpo.contrastive_weight": 0},
         {"cpo.projection_dim": 8},
@@ -151,3 +155,8 @@ def test_a_validation_file_may_be_null_beside_a_percentage() -> None:
 
 def test_packages_are_found_without_importing_them() -> None:
     assert has_package("pydantic") and not has_package("no_such_package_here")
+
+
+def test_streaming_without_a_folder_for_its_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nowhere to go"):
+        CPOConfig().data.streaming = True
