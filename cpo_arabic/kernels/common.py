@@ -48,6 +48,22 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """``out`` (+)= left · right, accumulated in ``out``'s dtype.
+
+    A ``right`` in a lower dtype stays so, and ``left`` follows it: CUDA's bfloat16 product with
+    float32 accumulation and output. The CPU has none, so its callers convert ``right`` first.
+    """
+    if right.dtype == out.dtype:
+        out.addmm_(left, right, beta=float(accumulate))
+        return
+    product = torch.mm(left.to(right.dtype), right, out_dtype=out.dtype)
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
+
+
 def spans(length: int, size: int) -> Iterator[tuple[int, int]]:
     """Half-open intervals of at most ``size`` that cover ``range(length)``."""
     for start in range(0, length, size):

@@ -38,11 +38,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cpo_arabic.kernels.common import Scratch, accumulation_dtype, spans, without_autocast
+from cpo_arabic.kernels.common import (
+    Scratch,
+    accumulation_dtype,
+    multiply,
+    spans,
+    without_autocast,
+)
 
 TILE_ROWS = 1024
 TILE_ELEMENTS = 1 << 20
-"""Logits of one tile: 4 MiB in float32."""
+"""Logits of one tile on a CPU: 4 MiB in float32."""
+CUDA_TILES = 8
+"""How much larger a CUDA tile is: 32 MiB, within the second-level cache, few launches."""
 TILE_TOKENS = (512, 8192)
 """Fewest and most tokens of one tile."""
 MEMORY_BUDGET = 24 << 20
@@ -57,6 +65,12 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,) times scale, accumulation dtype
     targets: Tensor  # (T,)
     softcap: float | None
+    native: bool  # bfloat16 products with float32 accumulation: CUDA, and no scale to round
+
+    def weights(self, token: int, token_end: int, converted: Scratch) -> Tensor:
+        """(v, D) rows of the head in the dtype that products take."""
+        rows = self.weight[token:token_end]
+        return rows if self.native else converted.load(rows)
 
 
 class Tile(NamedTuple):
@@ -182,7 +196,9 @@ def _head(
     dtype = accumulation_dtype(hidden)
     scaled = hidden.to(dtype) * scale if scale != 1.0 else hidden.to(dtype)
     shift = None if bias is None else bias.to(dtype) * scale
-    return Head(scaled, weight, shift, targets, softcap)
+    low = hidden.dtype == weight.dtype == torch.bfloat16
+    native = low and hidden.is_cuda and scale == 1.0
+    return Head(scaled, weight, shift, targets, softcap, native)
 
 
 def _target_logits(head: Head, target_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +227,7 @@ def _forward(
         into = None if pulled is None else pulled[row:row_end]
         for token, token_end in _token_spans(head):
             tile = Tile(row, row_end, token, token_end)
-            weight = converted.load(head.weight[token:token_end])
+            weight = head.weights(token, token_end, converted)
             scratch = work.take(row_end - row, token_end - token)
             size = scratch.numel() * scratch.element_size()
             logits = scratch
@@ -225,7 +241,7 @@ def _forward(
                 softcap=head.softcap, out=scratch, pulling=into is not None,
             )  # fmt: skip
             if into is not None:
-                into.mul_(decay[:, None]).addmm_(scratch, weight)
+                multiply(scratch, weight, into.mul_(decay[:, None]), accumulate=True)
         log_sum[row:row_end] = total.log() + peak
         if into is not None:
             into.div_(total.masked_fill(total == 0, 1.0)[:, None])
@@ -244,7 +260,7 @@ def _backward(
     h = head.hidden
     work, converted = Scratch(h, h.dtype), Scratch(h, h.dtype)
     for token, token_end in _token_spans(head):
-        weight = converted.load(head.weight[token:token_end])
+        weight = head.weights(token, token_end, converted)
         part = gradients.begin(token, token_end)
         for row, row_end in spans(len(h), TILE_ROWS):
             tile = Tile(row, row_end, token, token_end)
@@ -268,16 +284,15 @@ def _backward(
 def _token_spans(head: Head) -> Iterator[tuple[int, int]]:
     fewest, most = TILE_TOKENS
     rows = max(min(len(head.hidden), TILE_ROWS), 1)
-    return spans(len(head.weight), min(max(TILE_ELEMENTS // rows, fewest), most))
+    elements = TILE_ELEMENTS * CUDA_TILES if head.hidden.is_cuda else TILE_ELEMENTS
+    return spans(len(head.weight), min(max(elements // rows, fewest), most))
 
 
 def _product(head: Head, tile: Tile, weight: Tensor, out: Tensor) -> None:
     """(t, v) scale·(h Wᵀ + b) of one tile, before the cap, into ``out``."""
-    hidden = head.hidden[tile.row : tile.row_end]
-    if head.bias is None:
-        torch.mm(hidden, weight.T, out=out)
-    else:
-        torch.addmm(head.bias[tile.token : tile.token_end], hidden, weight.T, out=out)
+    multiply(head.hidden[tile.row : tile.row_end], weight.T, out)
+    if head.bias is not None:
+        out.add_(head.bias[tile.token : tile.token_end])
 
 
 class _Gradients:
@@ -294,7 +309,8 @@ class _Gradients:
         blank = torch.empty_like if len(h) else torch.zeros_like  # without rows nothing is written
         self._weight = blank(head.weight) if needs[1] else None
         self._bias = h.new_zeros(len(head.weight)) if needs[2] else None
-        self._scaled_hidden = h * factors[:, None]
+        scaled = h * factors[:, None]
+        self._scaled_hidden = scaled.to(head.weight.dtype) if head.native else scaled
         self._slice = Scratch(h, h.dtype)
 
     def begin(self, token: int, token_end: int) -> Tensor | None:
@@ -307,10 +323,10 @@ class _Gradients:
     def add(self, tile: Tile, gradient: Tensor, weight: Tensor, part: Tensor | None) -> None:
         rows = slice(tile.row, tile.row_end)
         if self._hidden is not None:
-            self._hidden[rows].addmm_(gradient, weight)
+            multiply(gradient, weight, self._hidden[rows], accumulate=True)
         if part is not None:
             # the first row tile overwrites: a third of a gigabyte need not be zeroed before
-            part.addmm_(gradient.T, self._scaled_hidden[rows], beta=float(tile.row > 0))
+            multiply(gradient.T, self._scaled_hidden[rows], part, accumulate=tile.row > 0)
         if self._bias is not None:
             self._bias[tile.token : tile.token_end].addmv_(gradient.T, self._factors[rows])
 

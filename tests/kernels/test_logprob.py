@@ -256,6 +256,33 @@ def test_views_and_strides_do_not_matter() -> None:
     torch.testing.assert_close(strided.run(), case.run())
 
 
+@pytest.mark.parametrize("wanted", ["h", "hwb"])
+@pytest.mark.usefixtures("small_tiles")
+def test_cudas_bfloat16_products_cost_no_more_than_the_definitions(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path CUDA takes, with its product of bfloat16 matrices into float32 played on the CPU."""
+
+    def product(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    case = HeadCase.random(37, 16, 301, with_bias=True).to(torch.bfloat16)
+    exact = case.to(torch.float64)
+    upstream = torch.randn(37, dtype=torch.float64)
+    head = logprob._head
+    results = []
+    for each, name in ((exact, "eager"), (case, "eager"), (case, "tiled")):
+        if name == "tiled":
+            monkeypatch.setattr(logprob, "_head", lambda *a: head(*a)._replace(native=True))
+            monkeypatch.setattr(torch, "mm", product)
+        inputs = each.inputs(wanted)
+        output = each.run(backend=name)
+        results.append([output, *gradients(output, inputs, upstream)])
+    for truth, eager, ours in zip(*results, strict=True):
+        assert relative(ours, truth) <= relative(eager, truth) + 1e-4
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     hidden, weight, targets = torch.ones(3, 4), torch.ones(9, 4), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"hidden \(3, 4\) and weight \(9, 5\)"):
