@@ -29,7 +29,7 @@ from cpo_arabic.config.inert import INERT  # noqa: E402
 from cpo_arabic.config.rules import RULES  # noqa: E402
 from cpo_arabic.config.templates import templates  # noqa: E402
 from cpo_arabic.config.writing import yaml_value  # noqa: E402
-from tests.config.liveness import PROOFS  # noqa: E402
+from tests.config.liveness import PROOFS, SEEN, TOY  # noqa: E402
 
 HEAD = """\
 # Configuration reference
@@ -162,20 +162,27 @@ def _liveness() -> str:
         [
             f"`{proof.path}`",
             f"`{yaml_value(proof.value)}`",
-            ", ".join(f"`{path}: {yaml_value(value)}`" for path, value in proof.given.items()),
+            _given(proof.given),
             proof.changes,
+            SEEN[proof.seen],
         ]
         for proof in PROOFS
     ]
     words = (
-        "Every field, what a test changes it to, under which settings, and what then differs in "
-        "the run (`tests/config/test_liveness.py`).\n\n"
+        "Every field, what a test changes it to, under which settings, what then differs in the "
+        "run, and where that is seen (`tests/config/test_liveness.py`). The run is one of a "
+        "two-layer model over twelve rows, put together by `train` itself, with "
+        f"{_given(TOY)}.\n\n"
     )
     return (
         "## Every field is live\n\n"
         + words
-        + _table(["field", "changed to", "given", "what differs"], rows)
+        + _table(["field", "changed to", "given", "what differs", "seen in"], rows)
     )
+
+
+def _given(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{path}: {yaml_value(value)}`" for path, value in settings.items())
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

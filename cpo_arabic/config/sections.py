@@ -39,7 +39,7 @@ class ModelConfig(Section):
     max_length: Annotated[int, Field(ge=4, le=1_048_576)] = 2048
     """Longest prompt plus completion in tokens; every other length stays within it."""
     dtype: DType = "auto"
-    """Number format of the weights in memory; auto takes the checkpoint's own."""
+    """Number format of the weights; auto: bfloat16 under LoRA with bf16, otherwise float32."""
     attn_implementation: Attention = "sdpa"
     """Attention kernel; flash_attention_2 needs its package, a GPU and 16-bit weights."""
     trust_remote_code: bool = False
