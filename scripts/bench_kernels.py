@@ -13,8 +13,10 @@ Two pieces of work:
 Every implementation computes the same loss from the same tensors. Times are medians of repeats
 interleaved over the implementations. Extra memory is the peak resident set during one call over
 the resident set before it, inputs included in neither, each in a process of its own after one
-warm-up call. Errors are norms relative to the definition in float64. A peer that is not installed
-is marked so, and a mode that a peer does not have is left out.
+warm-up call. Processor time is shown beside wall time because it is the steadier of the two on a
+machine that others use (with one thread; waiting threads spin). Errors are norms relative to the
+definition in float64. A peer that is not installed is marked so, and a mode that a peer does not
+have is left out.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Result:
 
     name: str
     seconds: float | None = None
-    fastest: float | None = None
+    processor_seconds: float | None = None
     extra_mib: float | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
@@ -259,17 +261,19 @@ def measure(case: str, args: argparse.Namespace) -> list[Result]:
         ready[name] = function
         del loss, gradients
     del truths, true_gradients, true_loss
-    times: dict[str, list[float]] = {name: [] for name in ready}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
     for _ in range(args.repeats):
         for name, function in ready.items():
             gc.collect()
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             run(function, inputs)
-            times[name].append(time.perf_counter() - start)
+            spent = time.perf_counter() - wall, time.process_time() - processor
+            times[name].append(spent)
     for result in results:
         if result.name in ready:
-            result.seconds = statistics.median(times[result.name])
-            result.fastest = min(times[result.name])
+            wall_times, processor_times = zip(*times[result.name], strict=True)
+            result.seconds = statistics.median(wall_times)
+            result.processor_seconds = statistics.median(processor_times)
             result.extra_mib = memory_in_child(case, result.name, args)
     return results
 
@@ -311,18 +315,27 @@ def shapes(args: argparse.Namespace) -> dict[str, int]:
 def show(case: str, results: list[Result]) -> None:
     base = next(result for result in results if result.name == BASELINES[case])
     print(f"\n{case}  (ratios to: {base.name})")
-    print(f"  {'':38}{'ms':>8}{'speed':>8}{'MiB':>8}{'memory':>8}{'loss err':>10}{'grad err':>10}")
+    head = f"{'ms':>8}{'speed':>8}{'cpu ms':>8}{'speed':>8}{'MiB':>8}{'memory':>8}"
+    print(f"  {'':38}{head}{'loss err':>10}{'grad err':>10}")
     for r in results:
-        if r.seconds is None or base.seconds is None:
+        if r.seconds is None:
             print(f"  {r.name:38}{r.note}")
             continue
-        memory = f"{'?':>8}{'':>8}"
-        if r.extra_mib is not None and base.extra_mib:
-            memory = f"{r.extra_mib:8.1f}{r.extra_mib / base.extra_mib:7.2f}×"
+        wall = ratio(r.seconds, base.seconds, inverse=True)
+        processor = ratio(r.processor_seconds, base.processor_seconds, inverse=True)
+        memory = f"{'?':>8}{'':>8}" if r.extra_mib is None else f"{r.extra_mib:8.1f}"
+        memory += ratio(r.extra_mib, base.extra_mib)
+        cpu = 1e3 * (r.processor_seconds or 0.0)
         print(
-            f"  {r.name:38}{1e3 * r.seconds:8.0f}{base.seconds / r.seconds:7.2f}×{memory}"
+            f"  {r.name:38}{1e3 * r.seconds:8.0f}{wall}{cpu:8.0f}{processor}{memory}"
             f"{r.loss_error:10.1e}{r.gradient_error:10.1e}"
         )
+
+
+def ratio(value: float | None, base: float | None, *, inverse: bool = False) -> str:
+    if not value or not base:
+        return " " * 8
+    return f"{base / value if inverse else value / base:7.2f}×"
 
 
 def processor() -> str:

@@ -37,10 +37,13 @@ from torch.autograd.function import once_differentiable
 from cpo_arabic.kernels.common import Scratch, accumulation_dtype, spans, without_autocast
 from cpo_arabic.kernels.reference import excluded_pairs
 
-TILE_ELEMENTS = 1 << 18
-"""Similarities of one tile: 1 MiB in float32, which stays in a core's second-level cache."""
-TILE_KEYS = (128, 4096)
-"""Fewest and most keys of one tile: fewer starve the product, more spill a converted tile."""
+TILE_ELEMENTS = 1 << 19
+"""Similarities of one tile: 2 MiB in float32, about a core's second-level cache."""
+TILE_KEYS = (128, 8192)
+"""Fewest and most keys of one tile: fewer starve the product, more gain nothing."""
+CONVERTED_ELEMENTS = 1 << 20
+"""Elements of a tile of keys that is converted from a lower dtype: 4 MiB in float32."""
+SUSPECTS_AT_ONCE = 1 << 16
 TRITON_MAX_DIM = 512
 """The Triton kernel holds whole rows of queries and sums in registers."""
 
@@ -179,9 +182,13 @@ class TiledBody:
     def __init__(self, tile: int | None = None) -> None:
         self._tile = tile
 
-    def _tile_keys(self, queries: int) -> int:
+    def _tile_keys(self, queries: Tensor, keys: Tensor) -> int:
         fewest, most = TILE_KEYS
-        return self._tile or min(max(TILE_ELEMENTS // max(queries, 1), fewest), most)
+        b, d = queries.shape
+        fitting = min(TILE_ELEMENTS // max(b, 1), most)
+        if keys.dtype != queries.dtype:
+            fitting = min(fitting, CONVERTED_ELEMENTS // max(d, 1))
+        return self._tile or max(fitting, fewest)
 
     def sweep(self, problem: Problem, *, want_means: bool) -> Sweep:
         q, scales = problem.queries, problem.scales
@@ -228,9 +235,8 @@ class TiledBody:
         The similarities live in a buffer that the next tile overwrites; the caller may, too.
         """
         q = problem.queries
-        size = self._tile_keys(len(q))
         products, converted = Scratch(q, q.dtype), Scratch(q, q.dtype)
-        for start, stop in spans(len(problem.keys), size):
+        for start, stop in spans(len(problem.keys), self._tile_keys(q, problem.keys)):
             rows = converted.load(problem.keys[start:stop])
             similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
             excluded = excluded_pairs(problem.query_labels, problem.key_labels[start:stop])
@@ -238,45 +244,57 @@ class TiledBody:
             yield rows, similarity.masked_fill_(excluded, -math.inf), excluded.sum(1)
         if problem.queue is None or problem.queue_labels is None:
             return
-        suspects = _Suspects(problem.query_labels)
-        for start, stop in spans(len(problem.queue), size):
+        suspects = _Suspects(problem.query_labels, problem.queue_labels)
+        for start, stop in spans(len(problem.queue), self._tile_keys(q, problem.queue)):
             rows = converted.load(problem.queue[start:stop])
             if problem.queue_scale is not None:  # int8, so rows is a copy
                 rows.mul_(problem.queue_scale[start:stop, None])
             similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
-            yield rows, similarity, suspects.mask(similarity, problem.queue_labels[start:stop])
+            yield rows, similarity, suspects.mask(similarity, start, stop)
 
 
 class _Suspects:
     """Finds the few queue entries that some query must not see, without comparing all pairs.
 
-    A binary search in the queries' sorted texts and prompts costs n·log B per tile where the
-    comparison costs B·n. It reads a count back to the host, so only the CPU takes it; elsewhere
-    all pairs are compared.
+    A binary search in the queries' sorted texts and prompts costs Q·log B where the comparison
+    costs B·Q. It reads positions back to the host, so only the CPU takes it; elsewhere all pairs
+    are compared.
     """
 
-    def __init__(self, query_labels: Tensor) -> None:
-        self._labels = query_labels
-        self._sorted = [query_labels[:, column].sort().values for column in (1, 2)]
+    def __init__(self, query_labels: Tensor, labels: Tensor) -> None:
+        self._query_labels, self._labels = query_labels, labels
+        self._columns: Tensor | None = None
+        if labels.device.type == "cpu":
+            tables = [query_labels[:, column].sort().values for column in (1, 2)]
+            found = [
+                start + _among(labels[start:stop, 1:], tables).nonzero()[:, 0]
+                for start, stop in spans(len(labels), SUSPECTS_AT_ONCE)
+            ]
+            self._columns = torch.cat(found) if found else labels.new_empty(0)
 
-    def mask(self, similarity: Tensor, labels: Tensor) -> Tensor | int:
-        """Puts −inf at the excluded pairs of one tile; (B,) how many each query lost."""
-        if labels.device.type != "cpu":
-            excluded = excluded_pairs(self._labels, labels)
+    def mask(self, similarity: Tensor, start: int, stop: int) -> Tensor | int:
+        """Puts −inf at the excluded pairs of queue entries start … stop; (B,) how many fell."""
+        if self._columns is None:
+            excluded = excluded_pairs(self._query_labels, self._labels[start:stop])
             similarity.masked_fill_(excluded, -math.inf)
             return excluded.sum(1)
-        found = self._known(labels[:, 1], 0) | self._known(labels[:, 2], 1)
-        columns = found.nonzero()[:, 0]
+        bounds = torch.searchsorted(self._columns, torch.tensor([start, stop])).tolist()
+        columns = self._columns[slice(*bounds)]
         if not len(columns):
             return 0
-        excluded = excluded_pairs(self._labels, labels[columns])
+        excluded = excluded_pairs(self._query_labels, self._labels[columns])
+        columns = columns - start
         similarity[:, columns] = similarity[:, columns].masked_fill_(excluded, -math.inf)
         return excluded.sum(1)
 
-    def _known(self, values: Tensor, which: int) -> Tensor:
-        table = self._sorted[which]
-        place = torch.searchsorted(table, values.contiguous()).clamp_max_(len(table) - 1)
-        return table[place] == values
+
+def _among(values: Tensor, tables: list[Tensor]) -> Tensor:
+    """(n,) whether any column of ``values`` (n, C) is found in its own sorted table."""
+    found = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    for column, table in zip(values.T, tables, strict=True):
+        place = torch.searchsorted(table, column.contiguous()).clamp_max_(len(table) - 1)
+        found |= table[place] == column
+    return found
 
 
 def _rows(tensor: Tensor | None) -> int:

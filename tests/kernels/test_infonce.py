@@ -106,7 +106,7 @@ def test_the_error_is_no_larger_than_the_definitions(
         inputs = each.inputs("qk")
         output = each.run(backend=name)
         results.append([*output, *gradients(output.loss, inputs, upstream)])
-    slack = 5e-7 if dtype == torch.float32 else 1e-4
+    slack = 1e-6 if dtype == torch.float32 else 1e-4
     assert results[2][0].dtype == torch.float32
     for truth, eager, ours in zip(*results, strict=True):
         assert relative(ours, truth) <= relative(eager, truth) + slack
@@ -236,6 +236,25 @@ def test_another_group_with_another_prompt_is_a_negative() -> None:
     assert more.run().hardest_negative.item() == pytest.approx(1.0)
 
 
+def test_the_positive_is_no_negative_whatever_its_labels_say(
+    backend: str, device: torch.device
+) -> None:
+    case = ContrastCase.random(5, 15, 20, 8, concentration=0.5).to(torch.float32, device)
+    case.query_labels[:, 2] = 10**6 + torch.arange(5, device=device)
+    inputs = case.inputs("qk")
+    truth, value = case.run(backend="eager"), case.run(backend=backend)
+    for got, expected in zip(value, truth, strict=True):
+        torch.testing.assert_close(got, expected)
+    ones = torch.ones(5, device=device)
+    for got, expected in zip(
+        gradients(value.loss, inputs, ones), gradients(truth.loss, inputs, ones), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    assert (value.hardest_negative < 0.99).all()
+    near = replace(case, keys=torch.cat([case.queries, case.keys[5:]]))
+    assert (near.run(backend=backend).hardest_negative < 0.99).all()
+
+
 def test_an_empty_queue_is_no_queue(backend: str) -> None:
     case = ContrastCase.random(5, 15, 0, 8, concentration=0.5).to(torch.float32)
     empty = replace(
@@ -308,7 +327,7 @@ def test_no_queries_by_keys_matrix_exists(concentration: float, storage: torch.d
     with LargestTensor() as largest:
         # the queue's own (Q, D) storage is an input; slices of it are seen, so it bounds the test
         gradients(case.run().loss, inputs, torch.ones(64))
-    assert largest.elements <= max(TILE_ELEMENTS, 40000 * 8) < 64 * 40000 / 5
+    assert largest.elements <= max(TILE_ELEMENTS, 40000 * 8) < 64 * 40000 / 4
 
 
 def test_what_is_saved_does_not_grow_with_the_queue() -> None:
