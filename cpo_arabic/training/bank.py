@@ -125,8 +125,7 @@ def _embedding_gradients(
         objective.contrastive,
         queue=queued(engine.queue),
     )
-    if counted:
-        contrastive_metrics(sums, output.loss, output.correct)
+    contrastive_metrics(sums, output.loss, output.correct)
     scale = objective.contrastive_weight * objective.contrastive.temperature / normalisers.groups
     total = output.loss.sum() * (scale if counted else 0.0)
     query_gradient, key_gradient = torch.autograd.grad(total, [query_leaf, key_leaf])

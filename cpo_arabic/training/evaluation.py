@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.modeling.policy import Policy, Reference, Wanted, causal_lm
@@ -73,7 +74,13 @@ def evaluate(
         terms = LossTerms(preference=preference, nll=nll, contrastive=contrast)
         sums.add("loss", total_loss(terms, objective, own) * mb.groups, mb.groups)
     policy.train(was_training)
-    means = sums.means(lambda x: accelerator.reduce(x, reduction="sum"))
+    # A rank may have had no batch: all must reduce the same names.
+    everyone: list[list[str]] = gather_object([sums.names()])
+    means = sums.means(
+        lambda x: accelerator.reduce(x, reduction="sum"),
+        names=max(everyone, key=len),
+        device=accelerator.device,
+    )
     means["runtime"] = time.perf_counter() - started
     return {f"eval_{name}": value for name, value in means.items()}
 

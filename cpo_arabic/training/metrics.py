@@ -28,19 +28,45 @@ class MetricSums:
 
     def add(self, name: str, total: Tensor, count: float) -> None:
         """Adds a sum over ``count`` items (groups, tokens or pairs)."""
-        total = total.detach().double() if total.device.type == "cpu" else total.detach().float()
+        total = total.detach().to(_width(total.device))
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def means(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
-        """Name → mean over every rank; ``reduce`` sums a tensor over the ranks."""
-        if not self._sums:
+    def empty(self) -> None:
+        """Keeps the names and forgets what was added: the sums of a stand-in."""
+        self._sums = {name: torch.zeros_like(total) for name, total in self._sums.items()}
+        self._counts = dict.fromkeys(self._counts, 0.0)
+
+    def names(self) -> list[str]:
+        """What was added, in order."""
+        return list(self._sums)
+
+    def means(
+        self,
+        reduce: Callable[[Tensor], Tensor] = lambda x: x,
+        *,
+        names: list[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, float]:
+        """Name → mean over every rank.
+
+        Args:
+            reduce: sums a tensor over the ranks.
+            names: the same on every rank; by default those added here.
+            device: where a rank that added nothing makes its zeros.
+        """
+        names = self.names() if names is None else names
+        if not names:
             return {}
-        names = list(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
-        counts = torch.tensor([self._counts[name] for name in names], dtype=sums.dtype)
+        zero = torch.zeros((), device=device, dtype=_width(torch.device(device)))
+        sums = torch.stack([self._sums.get(name, zero) for name in names])
+        counts = torch.tensor([self._counts.get(n, 0.0) for n in names], dtype=sums.dtype)
         totals, sizes = reduce(torch.stack([sums, counts.to(sums.device)])).tolist()
         return {n: t / c for n, t, c in zip(names, totals, sizes, strict=True) if c > 0}
+
+
+def _width(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def reward_metrics(sums: MetricSums, rewards: Tensor, log_probs: Tensor, present: Tensor) -> None:

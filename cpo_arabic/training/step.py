@@ -54,6 +54,8 @@ def accumulate(engine: Engine, share: Share, step: int) -> tuple[MetricSums, Key
                 loss = loss * 0.0
             # Distributed backward averages over ranks; the parts must sum.
             engine.accelerator.backward(loss * engine.accelerator.num_processes)
+    if not share.counted:
+        sums.empty()
     return sums, bank.keys if bank is not None else None
 
 
