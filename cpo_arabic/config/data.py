@@ -77,7 +77,7 @@ class CPODataConfig(Section):
     conversation_template: Annotated[PathText, AfterValidator(_template)] = "default"
     """Text around prompt and completion: default (the tokenizer's own), a name, or a .jinja."""
     normalization: Literal["none", "nfc", "light"] = "none"
-    """Treatment of prompts, never answers: none, nfc, or light (nfc, no tatweel or zero widths)."""
+    """Treatment of prompts, never of answers: none, nfc, or light (nfc, no tatweel)."""
     add_special_tokens: bool = True
     """Whether the template's begin and end tokens are added."""
     truncation: bool = True
