@@ -19,9 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DEMO, STEP, KERNELS = (
-    ROOT / "docs" / name for name in ("demo.json", "bench/step.json", "bench/kernels.json")
-)
+DEMO, STEP = (ROOT / "docs" / name for name in ("demo.json", "bench/step.json"))
 SHOWN = (
     ("reward accuracy", "eval_rewards/accuracies", ".3f"),
     ("reward margin", "eval_rewards/margins", "+.4f"),
@@ -47,13 +45,29 @@ def demo_block(demo: dict[str, Any]) -> str:
 
 
 def bench_block() -> str:
-    """The table that each benchmark wrote beside its JSON."""
-    parts = []
-    for path in (STEP, KERNELS):
-        table = path.with_suffix(".md")
-        if table.exists():
-            parts.append(table.read_text(encoding="utf-8").strip())
-    return "\n\n".join(parts) or "No benchmark has been recorded yet."
+    """One optimizer step of ours beside TRL's, from ``bench/step.json``."""
+    if not STEP.exists():
+        return "No benchmark has been recorded yet."
+    bench = json.loads(STEP.read_text(encoding="utf-8"))
+    rows = [
+        f"| {case['case']} | {ours} | {peer} | {r['cpu_speed']:.2f}× | {r['peak_memory']:.2f}× |"
+        for case in bench["cases"]
+        for ours, peers in case["ratios"].items()
+        for peer, r in peers.items()
+    ]
+    hardware = bench["hardware"]
+    return "\n".join(
+        [
+            "One optimizer step of published CPO, full fine-tuning in float32, the same pairs, "
+            "loss and gradient on both sides; ratios of processor time and peak memory in one "
+            f"run (`python scripts/bench_step.py`; one thread of a shared 2-core "
+            f"{hardware['processor']}, torch {hardware['torch']}, TRL {hardware['trl']}):",
+            "",
+            "| prompt, completion, negatives | ours | TRL | speed | memory |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def written(text: str) -> str:
