@@ -713,7 +713,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     cases = [case for case in report["cases"] if fastest(set(TRL), case["variants"])]
     names = [n for n in VARIANTS if any("cpu_seconds" in c["variants"].get(n, {}) for c in cases)]
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(17, 4.8), layout="constrained")
     width = 0.8 / max(len(names), 1)
     for number, name in enumerate(names):
         places, faster, part = [], [], []
@@ -726,9 +726,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 part.append(v["peak_mib"] / best["peak_mib"] if v["peak_mib"] else 0.0)
         colour = plt.get_cmap("Greens" if name in PADDING else "Greys")(0.85 - 0.12 * number)
         bars = speed.bar(places, faster, width, label=name, color=colour)
-        speed.bar_label(bars, fmt="%.1f", fontsize=7)
+        speed.bar_label(bars, fmt="%.1f", fontsize=6)
         bars = memory.bar(places, part, width, label=name, color=colour)
-        memory.bar_label(bars, fmt="%.2f", fontsize=7)
+        memory.bar_label(bars, fmt="%.2f", fontsize=6)
     for place, case in enumerate(cases):
         if case["goal"]:
             ends = (place - 0.4, place + 0.4)
