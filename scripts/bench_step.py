@@ -583,9 +583,9 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str,
     """Ours → TRL's → how many times faster, and which part of the memory."""
     measured = {name: v for name, v in variants.items() if "note" not in v}
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for ours in measured.keys() - TRL.keys():
+    for ours in (name for name in measured if name not in TRL):
         found[ours] = {}
-        for peer in measured.keys() & TRL.keys():
+        for peer in (name for name in measured if name in TRL):
             a, b = measured[ours], measured[peer]
             found[ours][peer] = {
                 "cpu_speed": b["cpu_seconds"] / a["cpu_seconds"],
