@@ -59,8 +59,8 @@ def bench_block() -> str:
     hardware = bench["hardware"]
     return "\n".join(
         [
-            "One optimizer step of pairwise CPO, packed, full fine-tuning in float32, the same pairs, "
-            "loss and gradient on both sides; ratios of processor time and peak memory in one "
+            "One optimizer step of pairwise CPO, packed, full fine-tuning in float32, the same "
+            "pairs, loss and gradient on both sides; ratios of processor time and peak memory in one "
             f"run (`python scripts/bench_step.py`; one thread of a shared 2-core "
             f"{hardware['processor']}, torch {hardware['torch']}, TRL {hardware['trl']}):",
             "",
