@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -23,6 +25,8 @@ from cpo_arabic.modeling.legacy_qwen import (
 )
 
 PROJECTION_FILE = "projection_head.safetensors"
+UNREADABLE = (OSError, ValueError, SafetensorError, UnpicklingError)
+"""What the libraries raise for a file that is missing, damaged or not to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def load_model(source: ModelSource) -> Any:
         )
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (*UNREADABLE, KeyError, ImportError, TypeError) as error:
         raise ModelError(_cannot_load("model", source.name, error)) from error
 
 
@@ -202,7 +206,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     """
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (*UNREADABLE, RuntimeError, KeyError) as error:
         raise ModelError(_cannot_load("adapter", str(folder), error)) from error
 
 
@@ -241,6 +245,8 @@ def load_projection(projection: nn.Module, folder: Path) -> None:
         raise ModelError(f"{path} is missing: the run was trained without cpo.projection_dim")
     try:
         projection.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a safetensors file: {error}") from error
     except RuntimeError as error:
         raise ModelError(f"{path} does not fit cpo.projection_dim: {error}") from error
 

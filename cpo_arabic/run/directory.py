@@ -83,6 +83,10 @@ def check_usable(root: Path, *, resume: bool, overwrite: bool) -> None:
             "--set training.overwrite_output_dir=true"
         )
     existing = next(p for p in (root, *root.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise RunDirectoryError(
+            f"training.output_dir {str(root)!r} cannot be made: {str(existing)!r} is a file"
+        )
     if not os.access(existing, os.W_OK):
         raise RunDirectoryError(
             f"training.output_dir {str(root)!r} cannot be written: {str(existing)!r} is read-only"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def build_policy(config: CPOConfig, tokenizer: Any, *, saved: Path | None = None
         model = (
             add_lora(model, _lora(config), seed=config.training.seed)
             if saved is None
-            else load_adapter(model, saved)
+            else load_adapter(model, _own_adapter(config, saved))
         )
     projection = _projection(config, causal_lm(model).config.hidden_size)
     if projection is not None and saved is not None:
@@ -110,6 +111,22 @@ def build_policy(config: CPOConfig, tokenizer: Any, *, saved: Path | None = None
     if config.optimization.torch_compile:
         policy.decoder.compile(dynamic=True)
     return policy
+
+
+def _own_adapter(config: CPOConfig, saved: Path) -> Path:
+    """The folder, refused where its adapter was trained on another base model."""
+    try:
+        described = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+        base = str(described["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{saved} holds no adapter: {error}") from error
+    if Path(base).resolve() != Path(config.model.name).resolve():
+        raise ModelError(
+            f"the adapter in {str(saved)!r} was trained on {base!r}, model.name is "
+            f"{config.model.name!r}; name its own base model (where that one was only moved, "
+            "correct base_model_name_or_path in adapter_config.json)"
+        )
+    return saved
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

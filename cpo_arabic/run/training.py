@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
 from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.data.tokenize import PreferenceDataset
-from cpo_arabic.errors import CheckpointError, RunDirectoryError, TrainingError
+from cpo_arabic.errors import CheckpointError, CPOArabicError, RunDirectoryError, TrainingError
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.loading import save_policy
 from cpo_arabic.modeling.policy import Policy, Reference
@@ -30,11 +33,18 @@ from cpo_arabic.run.directory import RunDirectory, check_usable, claimed, empty
 from cpo_arabic.run.enrich import enrich
 from cpo_arabic.run.messages import levelled
 from cpo_arabic.run.stream import stream
-from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore, write_atomically
+from cpo_arabic.training.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    from_disk,
+    reason_of,
+    write_atomically,
+    write_folder,
+)
 from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt
 from cpo_arabic.training.metrics import MetricsFile
-from cpo_arabic.training.observer import Observer
+from cpo_arabic.training.observer import Observer, SilentObserver
 from cpo_arabic.training.plan import Schedule, WindowLoader
 from cpo_arabic.training.sanity import check_learning
 from cpo_arabic.training.trainer import (
@@ -68,6 +78,13 @@ FREE_ON_RESUME = frozenset(
 """Fields a resumed run may change: they do not touch what is learnt."""
 
 
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""What a disk answers that is full, read-only or broken."""
+
+NO_MEMORY = ("out of memory", "can't allocate memory")
+NO_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
+
+
 @dataclass(frozen=True)
 class Result:
     """What ``train`` leaves behind."""
@@ -97,6 +114,9 @@ def train(
     observer = levelled(config, observer)
     run_model.check_hardware(config)
     check_trackers(config)
+    accelerator = build_accelerator(config)
+    if not accelerator.is_main_process:
+        observer = SilentObserver()
     observer.stage("loading the tokenizer")
     tokenizer = run_model.tokenizer_of(config)
     observer.stage("reading the data")
@@ -113,8 +133,8 @@ def train(
     for line in train_set.report.lines():
         observer.stage(line)
 
-    accelerator = build_accelerator(config)
-    with claimed(directory.root) if accelerator.is_main_process else nullcontext():
+    claim = claimed(directory.root) if accelerator.is_main_process else nullcontext()
+    with _explained(config), claim:
         return _run(
             config, directory, accelerator, tokenizer, records, train_set, held_out,
             observer, resume=resume, stop=stop or StopRequest(),
@@ -210,10 +230,6 @@ def _run(
     _start_trackers(config, accelerator, directory)
     try:
         outcome = trainer.train()
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower():
-            raise TrainingError(_memory_levers(config, str(error))) from error
-        raise
     finally:
         accelerator.end_training()
     summary: dict[str, Any] = {}
@@ -409,26 +425,50 @@ def _finish(
         "objective": asdict(engine.objective),
         "final": str(directory.final),
     }
-    try:
-        directory.final.mkdir(exist_ok=True)
-        save_policy(engine.bare.model, engine.bare.projection, directory.final)
-        tokenizer.save_pretrained(directory.final)
+
+    def write(folder: Path) -> None:
+        save_policy(engine.bare.model, engine.bare.projection, folder)
+        tokenizer.save_pretrained(folder)
         card = model_card(config.model.name, summary, is_adapter=config.optimization.use_lora)
-        (directory.final / "README.md").write_text(card, encoding="utf-8")
-        write_atomically(
-            directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        )
-        draw_curves(records, directory.curves)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{directory.final}: cannot be written: {error.strerror}; the last checkpoint is whole"
-        ) from error
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(directory.final, write)
+    write_atomically(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    draw_curves(records, directory.curves)
     return summary
 
 
+@contextmanager
+def _explained(config: CPOConfig) -> Iterator[None]:
+    """Gives what the disk, the memory and other processes do to a run a name and a remedy."""
+    try:
+        yield
+    except CPOArabicError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if not from_disk(error) or getattr(error, "errno", errno.EIO) not in DISK:
+            raise
+        place = getattr(error, "filename", None) or config.training.output_dir
+        raise RunDirectoryError(
+            f"{place}: cannot be written: {reason_of(error)}. Checkpoints are intact; free room, "
+            "then go on with --resume"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).lower()
+        if isinstance(error, MemoryError) or any(sign in said for sign in NO_MEMORY):
+            raise TrainingError(_memory_levers(config, str(error))) from error
+        if any(sign in said for sign in NO_PEER):
+            raise TrainingError(
+                "another process of this run has ended, so this one ends too; see its message, "
+                "then go on from the newest checkpoint with --resume"
+            ) from error
+        raise
+
+
 def _memory_levers(config: CPOConfig, reason: str) -> str:
+    first = reason.strip().partition("\n")[0] or "the machine's own"
     return (
-        f"out of memory ({reason.splitlines()[0]}). Levers, the strongest first: "
+        f"out of memory ({first}). Levers, the strongest first: "
         f"training.batch_size (now {config.training.batch_size}; raise "
         "gradient_accumulation_steps in its place), optimization.use_gradient_checkpointing: true, "
         f"data.padding: packed, cpo.max_length (now {config.cpo.max_length}), "

@@ -22,6 +22,8 @@ from cpo_arabic.errors import CheckpointError, RunDirectoryError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+"""Files that libraries would unpickle: none is ours, whatever a manifest says."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -54,26 +56,21 @@ class CheckpointStore:
                 nothing is left under the final name.
         """
         final = self.root / f"checkpoint-{step}"
-        temporary = self.root / f".tmp-checkpoint-{step}"
-        try:
-            _remove(temporary)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
-            _write_manifest(temporary)
-            _sync_tree(temporary)
-            _remove(final)
-            temporary.rename(final)
-            _sync_folder(self.root)
-        except OSError as error:
-            _remove(temporary)
-            reason = error.strerror or str(error)
-            raise RunDirectoryError(
-                f"{final}: the checkpoint cannot be written: {reason}. Earlier checkpoints are "
-                "intact; free room or choose another training.output_dir, then resume"
-            ) from error
+
+        def write_all(folder: Path) -> None:
+            write(folder)
+            (folder / STATE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
+            _write_manifest(folder)
+
+        write_folder(final, write_all)
         self._rotate()
         return final
+
+    def sweep(self) -> None:
+        """Removes what a crash left half-written or half-removed."""
+        for pattern in (".tmp-*", ".old-*", ".*.tmp"):
+            for left in self.root.glob(pattern):
+                _remove(left)
 
     def folders(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint, oldest step first; links are not followed."""
@@ -96,7 +93,8 @@ class CheckpointStore:
             except CheckpointError as error:
                 warn(f"skipped: {error}")
         raise CheckpointError(
-            f"{self.root} holds no usable checkpoint; start afresh without --resume"
+            f"{self.root} holds no usable checkpoint: start afresh, without --resume and with "
+            "--set training.overwrite_output_dir=true"
         )
 
     def _rotate(self) -> None:
@@ -121,9 +119,10 @@ def verified(folder: Path) -> Checkpoint:
     if not isinstance(listed, dict):
         raise CheckpointError(f"{folder / MANIFEST} lists no files")
     present = {str(p.relative_to(folder)) for p in _files(folder)} - {MANIFEST}
+    pickles = {name for name in present if Path(name).suffix in PICKLES}
     for problem, names in (
         ("is missing", set(listed) - present),
-        ("does not belong there", present - set(listed)),
+        ("does not belong there", (present - set(listed)) | pickles),
     ):
         if names:
             raise CheckpointError(f"{folder}: {sorted(names)[0]} {problem}")
@@ -131,13 +130,50 @@ def verified(folder: Path) -> Checkpoint:
         if sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
     state = _read_json(folder / STATE)
-    return Checkpoint(folder=folder, step=int(state["step"]), state=state)
+    if not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{folder / STATE} says no step")
+    return Checkpoint(folder=folder, step=state["step"], state=state)
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Makes a folder whole or not at all: temporary name, fsync, rename.
+
+    Raises:
+        RunDirectoryError: the disk is full or read-only; nothing is left under the final name.
+    """
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _sync_tree(temporary)
+        _remove(final)
+        temporary.rename(final)
+        _sync_folder(final.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not from_disk(error):
+            raise
+        raise RunDirectoryError(
+            f"{final}: cannot be written: {reason_of(error)}. Earlier checkpoints are intact; free "
+            "room, then go on with --resume"
+        ) from error
+
+
+def from_disk(error: Exception) -> bool:
+    """Whether the system refused; safetensors and tokenizers say so in words alone."""
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
+def reason_of(error: Exception) -> str:
+    """What the system said, without number and file name."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -186,9 +222,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a folder of ours; a link is unlinked, never followed."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
+def _remove(path: Path) -> None:
+    """Deletes a folder or file of ours; a link is unlinked, never followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,6 +91,8 @@ def load_queue(queue: EmbeddingQueue, folder: Path, device: torch.device) -> Non
         CheckpointError: it has another size.
     """
     tensors = _load(folder / QUEUE)
+    if "position" not in tensors:
+        raise CheckpointError(f"{folder / QUEUE} does not say where the queue stands")
     queue.pointer, queue.filled = (int(n) for n in tensors["position"])
     if "embeddings" not in tensors:
         return
@@ -105,4 +108,7 @@ def load_queue(queue: EmbeddingQueue, folder: Path, device: torch.device) -> Non
 def _load(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise CheckpointError(f"{path} is missing")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
