@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,21 +58,34 @@ def precompute(
     identity = _identity(model_identity, groups)
     rows = torch.tensor([g.row for g in groups for _ in g.completion_ids])
     keys = torch.tensor([key for g in groups for key in g.completion_keys])
-    if path.exists():
-        with safe_open(path, framework="pt") as stored:
-            if (stored.metadata() or {}).get("identity") == identity:
-                return PrecomputedReference(rows, keys, stored.get_tensor("log_probs"))
+    stored = _stored(path, identity)
+    if stored is not None:
+        return PrecomputedReference(rows, keys, stored)
     parts = []
     for start in range(0, len(groups), batch_size):
         parts.append(log_probs(groups[start : start + batch_size]).float().cpu())
         progress(min(start + batch_size, len(groups)), len(groups))
     values = torch.cat(parts)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # every rank writes its own
     save_file({"log_probs": values}, temporary, metadata={"identity": identity})
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.replace(path)
     return PrecomputedReference(rows, keys, values)
+
+
+def _stored(path: Path, identity: str) -> Tensor | None:
+    """The table, unless it is of other tokens or another model, or damaged: then it is remade."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            if (stored.metadata() or {}).get("identity") != identity:
+                return None
+            values = stored.get_tensor("log_probs")
+    except SafetensorError:
+        return None
+    return values if isinstance(values, Tensor) else None
 
 
 def _united(drawn: Iterable[TokenizedGroup]) -> list[TokenizedGroup]:

@@ -52,7 +52,7 @@ def build_bank(
     if engine.momentum is not None:
         with engine.momentum.applied(), torch.no_grad():
             outputs = _embeddings(engine, micro, seeds, queries=False)
-    elif len(micro) == 1:
+    elif max(_sizes_of_ranks(engine, len(micro))) == 1:  # the same way on every rank
         first = engine.policy(micro[0].batch, wanted(engine, keys=True), seeds[0])
         outputs = [first]
     else:
@@ -61,12 +61,13 @@ def build_bank(
     key_parts = [output.keys.detach() for output in outputs if output.keys is not None]
     groups = [mb.groups for mb in micro]
     own_groups = sum(groups) if counted else 0
-    group_base = _before_this_rank(engine, own_groups)
-    group_offsets = _offsets(groups, group_base)
+    before = _before_this_rank(engine, own_groups)
+    # A stand-in is the window's first micro-batch again, so its place is the first.
+    group_offsets = _offsets(groups, before if counted else 0)
     labels = [shifted(mb.key_labels, o) for mb, o in zip(micro, group_offsets, strict=True)]
     keys, key_base = _gather(engine, torch.cat(key_parts), counted)
     all_labels, _ = _gather(engine, torch.cat(labels), counted)
-    key_offsets = _offsets([len(part) for part in key_parts], key_base)
+    key_offsets = _offsets([len(part) for part in key_parts], key_base if counted else 0)
     bank_keys = Keys(embeddings=keys, labels=all_labels)
     gradients = None
     if engine.momentum is None:
@@ -115,8 +116,6 @@ def _embedding_gradients(
         [shifted(mb.query_labels, o) for mb, o in zip(micro, group_offsets, strict=True)]
     )
     positives = torch.cat([mb.chosen + o for mb, o in zip(micro, key_offsets, strict=True)])
-    if not counted:
-        positives = torch.zeros_like(positives)
     output = contrastive_loss(
         query_leaf,
         labels,
@@ -131,8 +130,7 @@ def _embedding_gradients(
     query_gradient, key_gradient = torch.autograd.grad(total, [query_leaf, key_leaf])
     key_gradient = engine.reduce(key_gradient)
     sizes = [len(mb.key_labels) for mb in micro]
-    start = key_offsets[0] if counted else 0
-    own_keys = key_gradient[start : start + sum(sizes)]
+    own_keys = key_gradient[key_offsets[0] : key_offsets[0] + sum(sizes)]
     if not counted:
         own_keys = key_gradient.new_zeros(sum(sizes), key_gradient.shape[1])
     by_query = torch.split(query_gradient, [mb.groups for mb in micro])
@@ -164,12 +162,12 @@ def _gather(engine: Engine, tensor: Tensor, counted: bool) -> tuple[Tensor, int]
 
 
 def _before_this_rank(engine: Engine, size: int) -> int:
-    if engine.accelerator.num_processes == 1:
-        return 0
     return sum(_sizes_of_ranks(engine, size)[: engine.accelerator.process_index])
 
 
 def _sizes_of_ranks(engine: Engine, size: int) -> list[int]:
+    if engine.accelerator.num_processes == 1:
+        return [size]
     own = torch.tensor([size], device=engine.accelerator.device)
     gathered: Any = engine.accelerator.gather(own)
     return [int(n) for n in gathered.tolist()]

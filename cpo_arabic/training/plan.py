@@ -6,6 +6,7 @@ dealt out, so that one rank or two with the same global batch take the same step
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,9 +73,19 @@ class Share:
 def rank_share(
     micro_batches: Sequence[list[int]], rank: int, world_size: int
 ) -> tuple[list[list[int]], bool]:
-    """Every ``world_size``-th micro-batch from ``rank`` on, or a stand-in and False."""
-    mine = list(micro_batches[rank::world_size])
+    """The rank's run of the window's micro-batches, or a stand-in and False.
+
+    Runs, not every n-th: rank after rank is then the window's own order, which the queue keeps.
+    """
+    least, more = divmod(len(micro_batches), world_size)
+    start = rank * least + min(rank, more)
+    mine = list(micro_batches[start : start + least + (rank < more)])
     return (mine, True) if mine else ([micro_batches[0]], False)
+
+
+def _apart(_worker: int) -> None:
+    """Moves a loader process out of reach of signals that mean the whole group, such as Ctrl-C."""
+    os.setpgrp()
 
 
 class _Windows(Dataset[Share]):
@@ -130,4 +141,6 @@ class WindowLoader:
         dataset = _Windows(
             self.source, windows, self.collate, epoch, self.rank, self.schedule.world_size
         )
-        yield from DataLoader(dataset, batch_size=None, num_workers=self.workers)
+        yield from DataLoader(
+            dataset, batch_size=None, num_workers=self.workers, worker_init_fn=_apart
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import get_scheduler
 
@@ -141,6 +142,7 @@ class Trainer:
         self.learning_rate = learning_rates(settings, optimizer, self.total_steps)
         self.step = 0
         self.skipped = 0
+        self.saved_step: int | None = None
         self._window_tokens, self._window_started = 0, time.perf_counter()
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -153,6 +155,7 @@ class Trainer:
         if engine.queue is not None:
             saved_state.load_queue(engine.queue, folder, engine.accelerator.device)
         if engine.accelerator.is_main_process:
+            self.store.sweep()
             self.metrics.rewind(self.step)
 
     def train(self) -> Outcome:
@@ -177,7 +180,7 @@ class Trainer:
                     break
         if outcome.stopped_by is None:
             outcome.after = self._last_evaluation()
-        elif not (self.store.root / f"checkpoint-{self.step}").exists():
+        elif self.saved_step != self.step:
             self._save()
         outcome.step = self.step
         return outcome
@@ -225,7 +228,8 @@ class Trainer:
     def _skip(self, share: Share, norm: float) -> None:
         """Leaves weights and moments as they are and names the rows."""
         self.skipped += 1
-        rows = sorted(row for each in share.rows for row in each)
+        own = [row for each in share.rows for row in each] if share.counted else []
+        rows = sorted(gather_object(own))
         text = f"step {self.step + 1}: the gradient norm is {norm}; update skipped. Rows: {rows}"
         self.observer.warning(text)
         if self.skipped > self.settings.max_skipped_steps:
@@ -327,6 +331,7 @@ class Trainer:
             folder = self.store.save(self.step, state, self._write_state)
             self.observer.saved(self.step, str(folder))
         accelerator.wait_for_everyone()
+        self.saved_step = self.step
         self._window_started += time.perf_counter() - paused
 
     def _write_state(self, folder: Path) -> None:
