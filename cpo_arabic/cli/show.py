@@ -36,7 +36,8 @@ def show_error(error: CPOArabicError, console: Console | None = None) -> None:
     """Print an error of the package, each problem of a configuration by itself."""
     console = console or stderr()
     if not isinstance(error, ConfigError):
-        console.print(Text.assemble(("error: ", _STYLES["error"]), str(error)))
+        lines = "\n".join(map(safe, str(error).splitlines()))
+        console.print(Text.assemble(("error: ", _STYLES["error"]), lines))
         return
     for problem in error.problems:
         show_problem(problem, console)

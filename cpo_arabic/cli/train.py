@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cpo_arabic.cli.show import show_findings, stderr, stdout
+from cpo_arabic.cli.show import safe, show_findings, stderr, stdout
 
 if TYPE_CHECKING:
     from cpo_arabic.training.trainer import StopRequest
@@ -76,21 +76,22 @@ def train(
 
         warnings = [f for f in loaded.findings if f.severity == "warning"]
         show_findings(warnings, stderr())
-        console.print(f"objective: {describe_objective(loaded.config)}")
+        _say(console, f"objective: {describe_objective(loaded.config)}")
         stop = StopRequest()
         with _stopping_on_signals(stop, stderr()), ProgressObserver(console) as observer:
             result = run(loaded.config, observer, resume=resume, stop=stop)
     if result.outcome.stopped_by is not None:
-        console.print(
+        _say(
+            console,
             f"stopped at step {result.outcome.step}, checkpoint saved; go on with: "
-            f"cpo-arabic train {config} --resume"
+            f"cpo-arabic train {config} --resume",
         )
         raise typer.Exit(128 + result.outcome.stopped_by)
     if result.summary:
         _show_summary(result.summary, console)
-        console.print(f"run directory  {result.directory.root}")
-        console.print(f"trained model  {result.directory.final}")
-        console.print(f"curves         {result.directory.curves}")
+        _say(console, f"run directory  {result.directory.root}")
+        _say(console, f"trained model  {result.directory.final}")
+        _say(console, f"curves         {result.directory.curves}")
 
 
 def evaluate(
@@ -143,11 +144,11 @@ class ProgressObserver:
 
     def stage(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(Text(f"· {text}", style="dim"))
+        _say(self.console, f"· {text}", "dim")
 
     def warning(self, text: str) -> None:
         """A line that stands out."""
-        self.console.print(Text(f"warning: {text}", style="yellow"))
+        _say(self.console, f"warning: {text}", "yellow")
 
     def started(self, step: int, total_steps: int) -> None:
         """Starts the bar; without a terminal, lines stand in for it."""
@@ -181,7 +182,12 @@ class ProgressObserver:
 
     def saved(self, step: int, folder: str) -> None:
         """One line."""
-        self.console.print(Text(f"saved step {step}: {folder}", style="dim"))
+        _say(self.console, f"saved step {step}: {folder}", "dim")
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    """Prints a line that may hold paths and data: no markup, nothing that plays tricks."""
+    console.print(Text(safe(line), style=style))
 
 
 def _terms(record: dict[str, Any]) -> str:
