@@ -60,8 +60,8 @@ def bench_block() -> str:
     return "\n".join(
         [
             "One optimizer step of pairwise CPO, packed, full fine-tuning in float32, the same "
-            "pairs, loss and gradient on both sides; ratios of processor time and peak memory in one "
-            f"run (`python scripts/bench_step.py`; one thread of a shared 2-core "
+            "pairs, loss and gradient on both sides; ratios of processor time and peak memory in "
+            f"one run (`python scripts/bench_step.py`; one thread of a shared 2-core "
             f"{hardware['processor']}, torch {hardware['torch']}, TRL {hardware['trl']}):",
             "",
             "| prompt, completion, negatives | fastest TRL | speed | memory |",
