@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cpo_arabic.data.records import PreferenceRecord
 from cpo_arabic.data.text import canonical
 from cpo_arabic.errors import DataError
+from cpo_arabic.files import write_whole
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 Generate = Callable[[Sequence[PreferenceRecord]], list[str]]
@@ -134,16 +135,15 @@ def cached(
         return _read(path, len(records)), path
     mined = mine()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        for record, found in zip(records, mined, strict=True):
-            line = {
-                "prompt": record.prompt_text,
-                "chosen": record.chosen,
-                "mined": [{"text": m.text, "score": m.score, "source": m.source} for m in found],
-            }
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    lines = (
+        {
+            "prompt": record.prompt_text,
+            "chosen": record.chosen,
+            "mined": [{"text": m.text, "score": m.score, "source": m.source} for m in found],
+        }
+        for record, found in zip(records, mined, strict=True)
+    )
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return mined, path
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
+from cpo_arabic.files import whole
 from cpo_arabic.modeling.policy import Reference
 
 
@@ -66,11 +66,8 @@ def precompute(
         parts.append(log_probs(groups[start : start + batch_size]).float().cpu())
         progress(min(start + batch_size, len(groups)), len(groups))
     values = torch.cat(parts)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # every rank writes its own
-    save_file({"log_probs": values}, temporary, metadata={"identity": identity})
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({"log_probs": values}, temporary, metadata={"identity": identity})
     return PrecomputedReference(rows, keys, values)
 
 

@@ -20,6 +20,7 @@ from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.data.tokenize import PreferenceDataset
 from cpo_arabic.errors import CheckpointError, CPOArabicError, RunDirectoryError, TrainingError
+from cpo_arabic.files import write_whole
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.loading import save_policy
 from cpo_arabic.modeling.policy import Policy, Reference
@@ -38,7 +39,6 @@ from cpo_arabic.training.checkpoint import (
     CheckpointStore,
     from_disk,
     reason_of,
-    write_atomically,
     write_folder,
 )
 from cpo_arabic.training.engine import Engine
@@ -433,7 +433,7 @@ def _finish(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(directory.final, write)
-    write_atomically(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_whole(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     draw_curves(records, directory.curves)
     return summary
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpo_arabic.errors import RunDirectoryError
+from cpo_arabic.files import write_whole
 
 Record = dict[str, Any]
 
@@ -126,12 +126,7 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Drops what was written after ``step``: a resumed run writes it again."""
         kept = [r for r in self.read() if int(r["step"]) <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 def _parsed(lines: Iterable[str]) -> Iterable[Record]:
