@@ -16,9 +16,8 @@ from cpo_arabic import __version__
 from cpo_arabic.cli import config as config_verbs
 from cpo_arabic.cli import data as data_verbs
 from cpo_arabic.cli import train as train_verbs
+from cpo_arabic.cli.options import EXIT_REFUSED
 from cpo_arabic.errors import CPOArabicError
-
-EXIT_REFUSED = 2
 
 app = typer.Typer(
     name="cpo-arabic",

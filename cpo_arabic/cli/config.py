@@ -8,23 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cpo_arabic.cli.data import run_check, show_check
+from cpo_arabic.cli.options import EXIT_REFUSED, ConfigArgument, JsonOption, SetOption
 from cpo_arabic.errors import ConfigError
 
 if TYPE_CHECKING:
     from cpo_arabic.config import LoadedConfig
-
-EXIT_REFUSED = 2
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="SECTION.FIELD=VALUE",
-        help="Override one value, over file and environment. Repeatable.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print data for programs.")]
 
 verbs = typer.Typer(
     name="config",

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cpo_arabic.cli.options import EXIT_REFUSED, ConfigArgument, JsonOption, SetOption
 from cpo_arabic.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from cpo_arabic.data.preview import Passage, Preview
     from cpo_arabic.data.records import PreferenceRecord
     from cpo_arabic.data.tokenize import PreferenceDataset
-
-EXIT_REFUSED = 2
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value; repeatable."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print data for programs.")]
 
 verbs = typer.Typer(
     name="data",

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cpo_arabic.cli.options import ConfigArgument, JsonOption, SetOption
 from cpo_arabic.cli.show import safe, show_findings, stderr, stdout
 
 if TYPE_CHECKING:
@@ -40,11 +41,6 @@ SHOWN = (
     ("loss as optimised", "loss"),
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value; repeatable."),
-]
-
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
@@ -53,8 +49,8 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")],
-    overrides: Overrides = None,
+    config: ConfigArgument,
+    overrides: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in training.output_dir.")
     ] = False,
@@ -99,8 +95,8 @@ def evaluate(
         Path,
         typer.Argument(help="A run directory, or the YAML file of a run.", metavar="CONFIG|RUN"),
     ],
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a finished run on its held-out rows (or data.test_file), before against after."""
     with _quiet_libraries():
