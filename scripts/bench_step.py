@@ -269,7 +269,7 @@ def work_ours(
     from cpo_arabic.training.engine import Engine
     from cpo_arabic.training.plan import Share
     from cpo_arabic.training.step import accumulate
-    from cpo_arabic.training.trainer import TrainerSettings, build_optimizer
+    from cpo_arabic.training.trainer import OptimizerSettings, build_optimizer
 
     objective = ObjectiveSettings(
         loss_type="sigmoid",
@@ -283,20 +283,8 @@ def work_ours(
         contrastive_weight=0.0,
         contrastive=ContrastiveSettings(temperature=1.0, margin=0.0, concentration=0.0),
     )
-    settings = TrainerSettings(
-        learning_rate=0.0,
-        weight_decay=0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
-        max_grad_norm=None,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        eval_steps=1,
-        save_steps=1,
-        logging_steps=1,
-        max_skipped_steps=0,
-        max_new_tokens=1,
+    settings = OptimizerSettings(
+        learning_rate=0.0, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8
     )
     policy = Policy(case.model(options), None, EmbeddingSettings(dropout=0.0, normalize=True))
     if compiled:

@@ -55,17 +55,27 @@ def total_loss(terms: LossTerms, settings: ObjectiveSettings, normalisers: Norma
     Raises:
         ValueError: no term is given.
     """
-    parts: list[Tensor] = []
-    if terms.preference is not None:
-        parts.append(settings.preference_weight * terms.preference / normalisers.groups)
-    if terms.nll is not None:
-        parts.append(settings.cpo_alpha * terms.nll / normalisers.chosen_tokens)
-    if terms.contrastive is not None:
-        scale = settings.contrastive_weight * settings.contrastive.temperature
-        parts.append(scale * terms.contrastive / normalisers.groups)
+    shares = {
+        "preference": (terms.preference, normalisers.groups),
+        "nll": (terms.nll, normalisers.chosen_tokens),
+        "contrastive": (terms.contrastive, normalisers.groups),
+    }
+    weights = term_weights(settings)
+    parts = [
+        weights[name] * term / size for name, (term, size) in shares.items() if term is not None
+    ]
     if not parts:
         raise ValueError("every term of the objective is turned off")
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def term_weights(settings: ObjectiveSettings) -> dict[str, float]:
+    """Term → its factor in L."""
+    return {
+        "preference": settings.preference_weight,
+        "nll": settings.cpo_alpha,
+        "contrastive": settings.contrastive_weight * settings.contrastive.temperature,
+    }

@@ -247,7 +247,7 @@ def validation_file(config: CPOConfig) -> str | None:
 
 
 def fingerprint(source: Groups) -> str:
-    """A hash of every row's token ids and texts: the data as the run sees it."""
+    """A hash of every row's texts and token counts: the data as the run sees it."""
     digest = hashlib.blake2b(digest_size=16)
     for row in range(len(source)):
         prompt, completions = source.dataset.lengths(row)

@@ -26,6 +26,7 @@ class RunDirectory:
         checkpoint-N/     to resume from
         samples/          completions of held-out prompts (data.generate_during_eval)
         tensorboard/      event files
+        mined-*.jsonl     mined hard negatives, where data.cache_dir is not set
         final/            adapter or model, tokenizer, model card
         summary.json      what was learnt
         curves.png        its picture

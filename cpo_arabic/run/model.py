@@ -86,7 +86,6 @@ def build_policy(config: CPOConfig, tokenizer: Any, *, saved: Path | None = None
     use_lora = config.optimization.use_lora
     model = load_model(source_of(config, None if use_lora else saved))
     check_vocabulary(model, tokenizer)
-    # After the adapters came from a seed of their own, the head does too.
     if use_lora:
         model = (
             add_lora(model, _lora(config), seed=config.training.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,6 +48,7 @@ from cpo_arabic.training.observer import Observer, SilentObserver
 from cpo_arabic.training.plan import Schedule, WindowLoader
 from cpo_arabic.training.sanity import check_learning
 from cpo_arabic.training.trainer import (
+    OptimizerSettings,
     Outcome,
     StopRequest,
     Trainer,
@@ -161,43 +162,30 @@ def _run(
     if checkpoint is not None:
         _check_identity(checkpoint, settings)
     observer.stage("loading the model")
-    policy = run_model.build_policy(
-        config, tokenizer, saved=checkpoint.folder if checkpoint else None
-    )
-    engine, optimizer = _engine(config, accelerator, policy, tokenizer)
+    saved = checkpoint.folder if checkpoint else None
+    policy = run_model.build_policy(config, tokenizer, saved=saved)
+    reference = run_model.build_reference(config, policy, tokenizer)
     # Whatever could refuse this run has had its say: an earlier one may be replaced now.
     if accelerator.is_main_process:
         if not resume:
             empty(directory.root)
         config.to_yaml(directory.config)
-    enriched = config.data.create_hard_negatives or config.data.augment_data
-    if enriched and records is not None:
-        with accelerator.main_process_first():
-            rows = enrich(config, records.train, observer)
-        train_set = run_data.tokenize(config, rows, tokenizer)
+    train_set = _enriched(config, accelerator, tokenizer, records, train_set, observer)
     groups = run_data.groups(config, train_set)
+    held = run_data.groups(config, held_out) if held_out is not None else None
     schedule = _schedule(config, len(groups), accelerator.num_processes)
     identity = {**settings, "rows": len(groups), "data": run_data.fingerprint(groups)}
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
+    engine, optimizer = _engine(config, accelerator, policy, reference)
     collate = run_data.collation(config, tokenizer)
-    batch_size = config.training.eval_batch_size or config.training.batch_size
-    held = run_data.groups(config, held_out) if held_out is not None else None
-    eval_reference = engine.reference
-    if engine.reference is not None and config.cpo.precompute_ref_log_probs:
-        table = partial(
-            _precomputed, config, engine, engine.reference, collate, directory, observer
-        )
-        epochs = -(-schedule.total_steps // schedule.steps_per_epoch)
-        eval_reference = table(held, 1, "held-out") if held is not None else None
-        engine.reference = table(groups, epochs, "train")  # frees a reference model of its own
+    eval_reference = _precompute(
+        config, engine, collate, directory, observer, groups, held, schedule
+    )
     if config.data.sanity_check and checkpoint is None:
         observer.stage("sanity check")
-        check_learning(
-            engine,
-            partial(_fixed_batches, groups, collate, config),
-            learning_rate=config.training.learning_rate,
-        )
+        rows = partial(_fixed_batches, groups, collate, config)
+        check_learning(engine, rows, learning_rate=config.training.learning_rate)
     trainer = Trainer(
         engine,
         optimizer,
@@ -209,12 +197,7 @@ def _run(
             workers=config.training.dataloader_num_workers,
             rank=accelerator.process_index,
         ),
-        None
-        if held is None
-        else partial(
-            run_data.held_out_batches, held, collate, batch_size,
-            accelerator.process_index, accelerator.num_processes,
-        ),
+        _held_out_pass(config, accelerator, collate, held),
         _settings(config, schedule),
         store,
         MetricsFile(directory.metrics),
@@ -224,7 +207,7 @@ def _run(
         samples=_samples(held, tokenizer) if config.data.generate_during_eval and held else [],
         stop=stop,
         eval_reference=eval_reference,
-    )  # fmt: skip
+    )
     if checkpoint is not None:
         trainer.resume(checkpoint)
     _start_trackers(config, accelerator, directory)
@@ -236,6 +219,39 @@ def _run(
     if outcome.stopped_by is None and accelerator.is_main_process:
         summary = _finish(config, directory, engine, tokenizer, outcome, trainer)
     return Result(directory=directory, outcome=outcome, summary=summary)
+
+
+def _enriched(
+    config: CPOConfig,
+    accelerator: Accelerator,
+    tokenizer: Any,
+    records: run_data.Records | None,
+    train_set: PreferenceDataset,
+    observer: Observer,
+) -> PreferenceDataset:
+    """The training rows with mined negatives and twins, tokenised anew where there are any."""
+    asked = config.data.create_hard_negatives or config.data.augment_data
+    if not asked or records is None:
+        return train_set
+    with accelerator.main_process_first():
+        rows = enrich(config, records.train, observer)
+    return run_data.tokenize(config, rows, tokenizer)
+
+
+def _held_out_pass(
+    config: CPOConfig, accelerator: Accelerator, collate: Any, held: run_data.Groups | None
+) -> Callable[[], Iterator[PreferenceBatch]] | None:
+    """A fresh pass over this rank's held-out batches at every call."""
+    if held is None:
+        return None
+    return partial(
+        run_data.held_out_batches,
+        held,
+        collate,
+        config.training.eval_batch_size or config.training.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
 
 
 def _start_trackers(config: CPOConfig, accelerator: Accelerator, directory: RunDirectory) -> None:
@@ -257,29 +273,35 @@ def _start_trackers(config: CPOConfig, accelerator: Accelerator, directory: RunD
 
 
 def _engine(
-    config: CPOConfig, accelerator: Accelerator, policy: Policy, tokenizer: Any
+    config: CPOConfig, accelerator: Accelerator, policy: Policy, reference: Reference | None
 ) -> tuple[Engine, Any]:
-    cpo = config.cpo
-    reference = run_model.build_reference(config, policy, tokenizer)
+    cpo, training = config.cpo, config.training
     if reference is not None:
         reference.to(accelerator.device)
-    optimizer = build_optimizer(policy, _settings(config, None))
+    optimizer = build_optimizer(
+        policy,
+        OptimizerSettings(
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_epsilon=training.adam_epsilon,
+        ),
+    )
     prepared, optimizer = accelerator.prepare(policy, optimizer)
     contrastive = cpo.contrastive_weight > 0
-    return (
-        Engine(
-            accelerator=accelerator,
-            policy=prepared,
-            objective=run_model.objective_of(config),
-            reference=reference,
-            momentum=MomentumEncoder(policy.trainable(), cpo.momentum_beta)
-            if cpo.use_momentum and contrastive
-            else None,
-            queue=EmbeddingQueue(cpo.queue_size) if cpo.use_queue and contrastive else None,
-            seed=config.training.seed,
-        ),
-        optimizer,
+    engine = Engine(
+        accelerator=accelerator,
+        policy=prepared,
+        objective=run_model.objective_of(config),
+        reference=reference,
+        momentum=MomentumEncoder(policy.trainable(), cpo.momentum_beta)
+        if cpo.use_momentum and contrastive
+        else None,
+        queue=EmbeddingQueue(cpo.queue_size) if cpo.use_queue and contrastive else None,
+        seed=training.seed,
     )
+    return engine, optimizer
 
 
 def _schedule(config: CPOConfig, rows: int, world_size: int) -> Schedule:
@@ -294,21 +316,16 @@ def _schedule(config: CPOConfig, rows: int, world_size: int) -> Schedule:
     )
 
 
-def _settings(config: CPOConfig, schedule: Schedule | None) -> TrainerSettings:
+def _settings(config: CPOConfig, schedule: Schedule) -> TrainerSettings:
     training = config.training
-    steps = schedule.steps_per_epoch if schedule else 1
-    total = schedule.total_steps if schedule else 1
+    warmup = math.ceil(training.warmup_ratio * schedule.total_steps)
     return TrainerSettings(
         learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
         max_grad_norm=training.max_grad_norm,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total),
-        eval_steps=training.eval_steps or steps,
-        save_steps=training.save_steps or steps,
+        warmup_steps=training.warmup_steps or warmup,
+        eval_steps=training.eval_steps or schedule.steps_per_epoch,
+        save_steps=training.save_steps or schedule.steps_per_epoch,
         logging_steps=training.logging_steps,
         max_skipped_steps=training.max_skipped_steps,
         max_new_tokens=config.cpo.max_target_length or 1,
@@ -341,7 +358,28 @@ def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
         )
 
 
-def _precomputed(
+def _precompute(
+    config: CPOConfig,
+    engine: Engine,
+    collate: Any,
+    directory: RunDirectory,
+    observer: Observer,
+    groups: run_data.Groups,
+    held: run_data.Groups | None,
+    schedule: Schedule,
+) -> Reference | None:
+    """Puts a table in the reference's place where one is asked for; returns the held-out one."""
+    reference = engine.reference
+    if reference is None or not config.cpo.precompute_ref_log_probs:
+        return reference
+    table = partial(_table, config, engine, reference, collate, directory, observer)
+    held_out = table(held, 1, "held-out") if held is not None else None
+    epochs = -(-schedule.total_steps // schedule.steps_per_epoch)
+    engine.reference = table(groups, epochs, "train")  # frees a reference model of its own
+    return held_out
+
+
+def _table(
     config: CPOConfig,
     engine: Engine,
     reference: Reference,
@@ -413,10 +451,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Final artefact, summary and picture."""
     records = trainer.metrics.read()
-    before = outcome.before or next(
-        ({k: v for k, v in r.items() if k.startswith("eval_")} for r in records if r["step"] == 0),
-        {},
-    )
+    before = outcome.before or trainer.metrics.held_out(0)
     summary = {
         "steps": outcome.step,
         "train_rows": trainer.loader.schedule.rows,

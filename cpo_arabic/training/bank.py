@@ -18,7 +18,7 @@ from torch import Tensor
 from cpo_arabic.modeling.encoder import EmbeddingQueue
 from cpo_arabic.modeling.policy import PolicyOutput, Wanted
 from cpo_arabic.objective.contrastive import Keys, contrastive_loss
-from cpo_arabic.objective.total import Normalisers
+from cpo_arabic.objective.total import Normalisers, term_weights
 from cpo_arabic.training.engine import Engine, MicroBatch, wanted
 from cpo_arabic.training.metrics import MetricSums
 
@@ -60,15 +60,18 @@ def build_bank(
             outputs = _embeddings(engine, micro, seeds, queries=True)
     key_parts = [output.keys.detach() for output in outputs if output.keys is not None]
     groups = [mb.groups for mb in micro]
-    own_groups = sum(groups) if counted else 0
-    before = _before_this_rank(engine, own_groups)
+    key_counts = [len(part) for part in key_parts]
+    rank = engine.accelerator.process_index
+    groups_of_ranks = _sizes_of_ranks(engine, sum(groups) if counted else 0)
+    keys_of_ranks = _sizes_of_ranks(engine, sum(key_counts) if counted else 0)
     # A stand-in is the window's first micro-batch again, so its place is the first.
-    group_offsets = _offsets(groups, before if counted else 0)
+    group_offsets = _offsets(groups, sum(groups_of_ranks[:rank]) if counted else 0)
+    key_offsets = _offsets(key_counts, sum(keys_of_ranks[:rank]) if counted else 0)
     labels = [shifted(mb.key_labels, o) for mb, o in zip(micro, group_offsets, strict=True)]
-    keys, key_base = _gather(engine, torch.cat(key_parts), counted)
-    all_labels, _ = _gather(engine, torch.cat(labels), counted)
-    key_offsets = _offsets([len(part) for part in key_parts], key_base if counted else 0)
-    bank_keys = Keys(embeddings=keys, labels=all_labels)
+    bank_keys = Keys(
+        embeddings=_gather(engine, torch.cat(key_parts), keys_of_ranks),
+        labels=_gather(engine, torch.cat(labels), keys_of_ranks),
+    )
     gradients = None
     if engine.momentum is None:
         queries = torch.cat([o.queries.detach() for o in outputs if o.queries is not None])
@@ -125,7 +128,7 @@ def _embedding_gradients(
         queue=queued(engine.queue),
     )
     contrastive_metrics(sums, output.loss, output.correct)
-    scale = objective.contrastive_weight * objective.contrastive.temperature / normalisers.groups
+    scale = term_weights(objective)["contrastive"] / normalisers.groups
     total = output.loss.sum() * (scale if counted else 0.0)
     query_gradient, key_gradient = torch.autograd.grad(total, [query_leaf, key_leaf])
     key_gradient = engine.reduce(key_gradient)
@@ -144,25 +147,21 @@ def queued(queue: EmbeddingQueue | None) -> Keys | None:
 
 
 def contrastive_metrics(sums: MetricSums, loss: Tensor, correct: Tensor) -> None:
+    """Adds the term's (B) losses and (B) hits."""
     sums.add("contrastive/loss", loss.sum(), len(loss))
     sums.add("contrastive/accuracy", correct.sum(), len(loss))
 
 
-def _gather(engine: Engine, tensor: Tensor, counted: bool) -> tuple[Tensor, int]:
-    """Rows of every rank, rank after rank, and where this rank's begin."""
+def _gather(engine: Engine, tensor: Tensor, sizes: list[int]) -> Tensor:
+    """Rows of every rank, rank after rank; ``sizes`` rows of each, a stand-in's being none."""
     if engine.accelerator.num_processes == 1:
-        return tensor, 0
-    own = tensor if counted else tensor[:0]
-    sizes = _sizes_of_ranks(engine, len(own))
+        return tensor
+    own = tensor[: sizes[engine.accelerator.process_index]]
     padded = own.new_zeros(max(sizes), own.shape[1])
     padded[: len(own)] = own
     everyone: Any = engine.accelerator.gather(padded)
-    parts = [part[:n] for part, n in zip(everyone.split(max(sizes)), sizes, strict=True)]
-    return torch.cat(parts), sum(sizes[: engine.accelerator.process_index])
-
-
-def _before_this_rank(engine: Engine, size: int) -> int:
-    return sum(_sizes_of_ranks(engine, size)[: engine.accelerator.process_index])
+    parts = zip(everyone.split(max(sizes)), sizes, strict=True)
+    return torch.cat([part[:size] for part, size in parts])
 
 
 def _sizes_of_ranks(engine: Engine, size: int) -> list[int]:
@@ -178,4 +177,5 @@ def _offsets(sizes: list[int], base: int) -> list[int]:
 
 
 def shifted(labels: Tensor, offset: int) -> Tensor:
+    """(N, 3) labels with their groups numbered from ``offset`` on."""
     return torch.cat([labels[:, :1] + offset, labels[:, 1:]], dim=1)

@@ -123,6 +123,14 @@ class MetricsFile:
             return []
         return list(_parsed(self.path.read_text(encoding="utf-8").split("\n")))
 
+    def held_out(self, step: int) -> dict[str, float]:
+        """The held-out metrics measured at a step; none where there was no evaluation."""
+        for record in reversed(self.read()):
+            found = {key: value for key, value in record.items() if key.startswith("eval_")}
+            if record["step"] == step and found:
+                return found
+        return {}
+
     def rewind(self, step: int) -> None:
         """Drops what was written after ``step``: a resumed run writes it again."""
         kept = [r for r in self.read() if int(r["step"]) <= step]

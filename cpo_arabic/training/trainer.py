@@ -20,6 +20,7 @@ from cpo_arabic.errors import TrainingError
 from cpo_arabic.modeling.loading import save_policy
 from cpo_arabic.modeling.policy import Reference
 from cpo_arabic.objective.contrastive import Keys
+from cpo_arabic.objective.total import term_weights
 from cpo_arabic.training import state as saved_state
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore
 from cpo_arabic.training.engine import Engine
@@ -29,16 +30,30 @@ from cpo_arabic.training.observer import Observer
 from cpo_arabic.training.plan import Share, WindowLoader
 from cpo_arabic.training.step import accumulate
 
+TERMS = {
+    "preference": "preference_loss",
+    "nll": "nll_loss",
+    "contrastive": "contrastive/loss",
+}
+"""Term of the objective → the metric that holds its mean."""
+
 
 @dataclass(frozen=True)
-class TrainerSettings:
-    """Constants of the loop, named as in the configuration; steps are optimizer steps."""
+class OptimizerSettings:
+    """Constants of AdamW, named as in the configuration."""
 
     learning_rate: float
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Constants of the loop, named as in the configuration; steps are optimizer steps."""
+
+    learning_rate: float
     max_grad_norm: float | None
     lr_scheduler_type: str
     warmup_steps: int
@@ -66,7 +81,7 @@ class Outcome:
     after: dict[str, float] = field(default_factory=dict)
 
 
-def build_optimizer(policy: nn.Module, settings: TrainerSettings) -> torch.optim.AdamW:
+def build_optimizer(policy: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); weight decay for matrices only, as is the habit."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     groups = [
@@ -243,11 +258,12 @@ class Trainer:
         engine = self.engine
         now = time.perf_counter()
         means = sums.means(engine.reduce)
+        weights = term_weights(engine.objective)
         tokens = self._window_tokens * engine.accelerator.num_processes
         record = {
             "step": self.step,
             "epoch": round(self.step / self.loader.schedule.steps_per_epoch, 4),
-            "loss": self._total(means),
+            "loss": sum(w * means.get(TERMS[t], 0.0) for t, w in weights.items()),
             **means,
             "grad_norm": norm,
             "learning_rate": rate,
@@ -256,14 +272,6 @@ class Trainer:
         self._window_tokens, self._window_started = 0, now
         self._write(record)
         return record
-
-    def _total(self, means: dict[str, float]) -> float:
-        o = self.engine.objective
-        return (
-            o.preference_weight * means.get("preference_loss", 0.0)
-            + o.cpo_alpha * means.get("nll_loss", 0.0)
-            + o.contrastive_weight * o.contrastive.temperature * means.get("contrastive/loss", 0.0)
-        )
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.engine.accelerator.is_main_process:
@@ -293,10 +301,7 @@ class Trainer:
 
     def _last_evaluation(self) -> dict[str, float]:
         """The final metrics; read back when the run had already reached its end."""
-        for record in reversed(self.metrics.read()):
-            if record["step"] == self.step and any(key.startswith("eval_") for key in record):
-                return {k: v for k, v in record.items() if k.startswith("eval_")}
-        return self._evaluate()
+        return self.metrics.held_out(self.step) or self._evaluate()
 
     def _write_samples(self) -> None:
         samples = generate_samples(
