@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +13,14 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 
 from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.data.tokenize import PreferenceDataset
-from cpo_arabic.errors import CheckpointError, CPOArabicError, RunDirectoryError, TrainingError
 from cpo_arabic.files import write_whole
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.loading import save_policy
 from cpo_arabic.modeling.policy import Policy, Reference
-from cpo_arabic.modeling.precompute import precompute
 from cpo_arabic.report.card import model_card
 from cpo_arabic.report.curves import draw_curves
 from cpo_arabic.run import data as run_data
@@ -32,13 +28,13 @@ from cpo_arabic.run import model as run_model
 from cpo_arabic.run.accelerator import build_accelerator, check_trackers
 from cpo_arabic.run.directory import RunDirectory, check_usable, claimed, empty
 from cpo_arabic.run.enrich import enrich
+from cpo_arabic.run.explain import explained
+from cpo_arabic.run.identity import check_identity, settings_identity
 from cpo_arabic.run.messages import levelled
+from cpo_arabic.run.reference import tabulate
 from cpo_arabic.run.stream import stream
 from cpo_arabic.training.checkpoint import (
-    Checkpoint,
     CheckpointStore,
-    from_disk,
-    reason_of,
     write_folder,
 )
 from cpo_arabic.training.engine import Engine
@@ -58,32 +54,6 @@ from cpo_arabic.training.trainer import (
 
 SAMPLES = 4
 """Held-out prompts that ``data.generate_during_eval`` completes."""
-
-FREE_ON_RESUME = frozenset(
-    {
-        "training.output_dir",
-        "training.overwrite_output_dir",
-        "training.eval_steps",
-        "training.save_steps",
-        "training.logging_steps",
-        "training.save_total_limit",
-        "training.eval_batch_size",
-        "training.dataloader_num_workers",
-        "data.preprocessing_num_workers",
-        "data.cache_dir",
-        "data.sanity_check",
-        "data.sanity_check_size",
-        "data.generate_during_eval",
-    }
-)
-"""Fields a resumed run may change: they do not touch what is learnt."""
-
-
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-"""What a disk answers that is full, read-only or broken."""
-
-NO_MEMORY = ("out of memory", "can't allocate memory")
-NO_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -135,7 +105,7 @@ def train(
         observer.stage(line)
 
     claim = claimed(directory.root) if accelerator.is_main_process else nullcontext()
-    with _explained(config), claim:
+    with explained(config), claim:
         return _run(
             config, directory, accelerator, tokenizer, records, train_set, held_out,
             observer, resume=resume, stop=stop or StopRequest(),
@@ -157,10 +127,10 @@ def _run(
 ) -> Result:
     set_seed(config.training.seed)
     store = CheckpointStore(directory.root, config.training.save_total_limit)
-    settings = _identity(config, accelerator.num_processes)
+    settings = settings_identity(config, accelerator.num_processes)
     checkpoint = store.newest(observer.warning) if resume else None
     if checkpoint is not None:
-        _check_identity(checkpoint, settings)
+        check_identity(checkpoint, settings)
     observer.stage("loading the model")
     saved = checkpoint.folder if checkpoint else None
     policy = run_model.build_policy(config, tokenizer, saved=saved)
@@ -176,12 +146,10 @@ def _run(
     schedule = _schedule(config, len(groups), accelerator.num_processes)
     identity = {**settings, "rows": len(groups), "data": run_data.fingerprint(groups)}
     if checkpoint is not None:
-        _check_identity(checkpoint, identity)
+        check_identity(checkpoint, identity)
     engine, optimizer = _engine(config, accelerator, policy, reference)
     collate = run_data.collation(config, tokenizer)
-    eval_reference = _precompute(
-        config, engine, collate, directory, observer, groups, held, schedule
-    )
+    eval_reference = tabulate(config, engine, collate, directory, observer, groups, held, schedule)
     if config.data.sanity_check and checkpoint is None:
         observer.stage("sanity check")
         rows = partial(_fixed_batches, groups, collate, config)
@@ -332,92 +300,6 @@ def _settings(config: CPOConfig, schedule: Schedule) -> TrainerSettings:
     )
 
 
-def _identity(config: CPOConfig, processes: int) -> dict[str, Any]:
-    """The settings a checkpoint must agree on with the run that resumes it."""
-    settings = {
-        f"{name}.{field}": value
-        for name, section in config.model_dump(mode="json").items()
-        if name != "logging"
-        for field, value in section.items()
-        if f"{name}.{field}" not in FREE_ON_RESUME and not field.endswith("init_kwargs")
-    }
-    return {**settings, "processes": processes}
-
-
-def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    old = checkpoint.state["identity"]
-    changed = [
-        f"{key}: {old.get(key)!r} then, {value!r} now"
-        for key, value in sorted(identity.items())
-        if old.get(key) != value
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint.folder} is of another run and cannot be resumed: {'; '.join(changed)}. "
-            "Put it back, or start afresh in another training.output_dir"
-        )
-
-
-def _precompute(
-    config: CPOConfig,
-    engine: Engine,
-    collate: Any,
-    directory: RunDirectory,
-    observer: Observer,
-    groups: run_data.Groups,
-    held: run_data.Groups | None,
-    schedule: Schedule,
-) -> Reference | None:
-    """Puts a table in the reference's place where one is asked for; returns the held-out one."""
-    reference = engine.reference
-    if reference is None or not config.cpo.precompute_ref_log_probs:
-        return reference
-    table = partial(_table, config, engine, reference, collate, directory, observer)
-    held_out = table(held, 1, "held-out") if held is not None else None
-    epochs = -(-schedule.total_steps // schedule.steps_per_epoch)
-    engine.reference = table(groups, epochs, "train")  # frees a reference model of its own
-    return held_out
-
-
-def _table(
-    config: CPOConfig,
-    engine: Engine,
-    reference: Reference,
-    collate: Any,
-    directory: RunDirectory,
-    observer: Observer,
-    groups: run_data.Groups,
-    epochs: int,
-    split: str,
-) -> Reference:
-    """A table of the reference's log-probabilities for every draw of the epochs."""
-
-    def log_probs(part: Any) -> Any:
-        batch = collate(part).to(engine.accelerator.device)
-        with engine.accelerator.autocast():
-            return reference.log_probs(batch)
-
-    folder = Path(config.data.cache_dir) if config.data.cache_dir else directory.root
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = (
-        config.model.name,
-        config.model.revision,
-        config.cpo.reference_model_name,
-        config.cpo.ref_model_init_kwargs,
-        str(run_model.weights_dtype(config)),
-    )
-    return precompute(
-        (groups.group(row, epoch) for epoch in range(epochs) for row in range(len(groups))),
-        log_probs,
-        model_identity=repr(identity),
-        path=folder / f"reference-log-probs-{split}.safetensors",
-        batch_size=config.training.eval_batch_size or config.training.batch_size,
-        progress=lambda done, total: observer.stage(
-            f"reference log-probs: {done} of {total} {split} rows"
-        ),
-    )
-
-
 def _fixed_batches(
     groups: run_data.Groups, collate: Any, config: CPOConfig
 ) -> list[PreferenceBatch]:
@@ -471,41 +353,3 @@ def _finish(
     write_whole(directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     draw_curves(records, directory.curves)
     return summary
-
-
-@contextmanager
-def _explained(config: CPOConfig) -> Iterator[None]:
-    """Gives what the disk, the memory and other processes do to a run a name and a remedy."""
-    try:
-        yield
-    except CPOArabicError:
-        raise
-    except (OSError, SafetensorError) as error:
-        if not from_disk(error) or getattr(error, "errno", errno.EIO) not in DISK:
-            raise
-        place = getattr(error, "filename", None) or config.training.output_dir
-        raise RunDirectoryError(
-            f"{place}: cannot be written: {reason_of(error)}. Checkpoints are intact; free room, "
-            "then go on with --resume"
-        ) from error
-    except (RuntimeError, MemoryError) as error:
-        said = str(error).lower()
-        if isinstance(error, MemoryError) or any(sign in said for sign in NO_MEMORY):
-            raise TrainingError(_memory_levers(config, str(error))) from error
-        if any(sign in said for sign in NO_PEER):
-            raise TrainingError(
-                "another process of this run has ended, so this one ends too; see its message, "
-                "then go on from the newest checkpoint with --resume"
-            ) from error
-        raise
-
-
-def _memory_levers(config: CPOConfig, reason: str) -> str:
-    first = reason.strip().partition("\n")[0] or "the machine's own"
-    return (
-        f"out of memory ({first}). Levers, the strongest first: "
-        f"training.batch_size (now {config.training.batch_size}; raise "
-        "gradient_accumulation_steps in its place), optimization.use_gradient_checkpointing: true, "
-        f"data.padding: packed, cpo.max_length (now {config.cpo.max_length}), "
-        f"cpo.num_negatives (now {config.cpo.num_negatives})"
-    )
