@@ -84,16 +84,21 @@ def test_the_console_script_trains_evaluates_and_refuses(config: Path, tmp_path:
     # From another folder: the run directory says all that is needed.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    measured = shell(sys.executable, "-m", "cpo_arabic.cli", "evaluate", tmp_path / "run",
-                     "--json", cwd=elsewhere)  # fmt: skip
-    assert measured.returncode == 0, measured.stderr
-    found = json.loads(measured.stdout)
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    key = "eval_rewards/accuracies"
-    assert found["after"][key] == pytest.approx(summary["held_out_after"][key])
+    for target in (tmp_path / "run", config):
+        measured = shell(sys.executable, "-m", "cpo_arabic.cli", "evaluate", target,
+                         "--json", cwd=elsewhere)  # fmt: skip
+        assert measured.returncode == 0, measured.stderr
+        found = json.loads(measured.stdout)
+        for side in ("before", "after"):
+            for key in ("eval_rewards/accuracies", "eval_rewards/margins"):
+                expected = summary[f"held_out_{side}"][key]
+                assert found[side][key] == pytest.approx(expected, abs=1e-5)
     again = shell(script, "train", config, cwd=tmp_path)
     assert again.returncode == 2
     assert "already used" in again.stderr
+    assert "--resume" in again.stderr
     assert "Traceback" not in again.stderr
 
 
@@ -113,6 +118,11 @@ def rows(path: Path, *lines: Any) -> Path:
     return path
 
 
+def torn(path: Path) -> Path:
+    path.write_text('{"prompt": ')
+    return path
+
+
 ROW = {"prompt": "س", "chosen": "ج", "rejected": "خ"}
 
 REFUSALS: dict[str, Callable[[Path], tuple[list[str], list[str]]]] = {
@@ -127,6 +137,14 @@ REFUSALS: dict[str, Callable[[Path], tuple[list[str], list[str]]]] = {
     "no column": lambda f: (
         [f"data.train_file={rows(f / 'rows.jsonl', ROW, {'prompt': 'س', 'chosen': 'ج'})}"],
         ["rows.jsonl:2", "rejected", "Columns found: prompt, chosen", "on_bad_row: skip"],
+    ),
+    "cut-off JSON": lambda f: (
+        [f"data.train_file={torn(f / 'torn.jsonl')}"],
+        ["torn.jsonl:1"],
+    ),
+    "a prompt over its budget": lambda f: (
+        ["cpo.max_prompt_length=4", "data.truncation=false"],
+        ["cpo.max_prompt_length is 4", "data.truncation is false"],
     ),
     "quantisation": lambda f: (
         ["optimization.use_quantization=true"],

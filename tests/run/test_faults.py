@@ -83,14 +83,15 @@ def assert_resumes_to(expected: dict[str, torch.Tensor], config: Path) -> None:
 # --- signals --------------------------------------------------------------------------------------
 
 
-def test_sigterm_saves_at_the_next_step_and_resumes_to_the_same_weights(
-    toy_model: Path, tmp_path: Path, uninterrupted: Any
+@pytest.mark.parametrize(("sent", "ends_with"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_step_and_resumes_to_the_same_weights(
+    toy_model: Path, tmp_path: Path, uninterrupted: Any, sent: signal.Signals, ends_with: int
 ) -> None:
     config, root = write_config(tmp_path / "c.yaml", toy_model, *LONG), tmp_path / "run"
     command = Command(tmp_path, "train", config)
     command.wait_for(lambda: steps(root) >= 4)
-    command.send(signal.SIGTERM)
-    assert command.status() == 143
+    command.send(sent)
+    assert command.status() == ends_with
     stopped = steps(root)
     assert stopped < 30
     assert saved(root)[-1] == stopped

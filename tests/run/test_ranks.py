@@ -32,6 +32,10 @@ CASES = {
     "the same, momentum and queue": (2, (*MOMENTUM, "data.max_samples=10")),
     "a last window with unequal parts": (4, ("data.max_samples=14",)),
     "full": (2, ("optimization.use_lora=false", "training.learning_rate=1e-3")),
+    "full with a projection head": (
+        2,
+        ("optimization.use_lora=false", "training.learning_rate=1e-3", "cpo.projection_dim=8"),
+    ),
     "one held-out batch for two ranks": (2, (HELD_OUT, "training.eval_batch_size=100")),
     "precomputed reference": (
         2, ("cpo.force_use_ref_model=true", "cpo.precompute_ref_log_probs=true"),
@@ -45,8 +49,12 @@ def records(root: Path) -> list[dict[str, Any]]:
 
 
 def final(root: Path) -> dict[str, torch.Tensor]:
-    (path,) = (root / "final").glob("*model.safetensors")
-    return load_file(path)
+    """Everything that trained: adapter or model, and the projection head where there is one."""
+    found: dict[str, torch.Tensor] = {}
+    for path in (root / "final").glob("*.safetensors"):
+        found |= {f"{path.stem}.{name}": value for name, value in load_file(path).items()}
+    assert found
+    return found
 
 
 def saved(root: Path) -> list[int]:
