@@ -83,11 +83,13 @@ class Sweep:
 class Body(Protocol):
     """The two loops that a backend provides."""
 
-    def sweep(self, problem: Problem, *, want_means: bool) -> Sweep: ...
+    def sweep(self, problem: Problem, *, want_means: bool) -> Sweep:
+        """Online log-sum-exps at both scales over keys and queue, with mean keys where wanted."""
+        ...
 
-    def key_gradient(
-        self, problem: Problem, peak: Tensor, totals: Tensor, rate: Tensor
-    ) -> Tensor: ...
+    def key_gradient(self, problem: Problem, peak: Tensor, totals: Tensor, rate: Tensor) -> Tensor:
+        """(N, D): one pass over the keys, none over the queue."""
+        ...
 
 
 class InfoNCEFunction(torch.autograd.Function):
@@ -109,6 +111,7 @@ class InfoNCEFunction(torch.autograd.Function):
         concentration: float,
         body: Body,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B) losses, hardest negatives' and positives' similarities, from one sweep."""
         with without_autocast(queries.device):
             q = queries.to(accumulation_dtype(queries))
             problem = Problem(
@@ -136,6 +139,7 @@ class InfoNCEFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The queries' gradient was kept; the keys' takes one more pass over the keys."""
         direction, queries, keys, positives, query_labels, key_labels, peak, totals, rate = (
             ctx.saved_tensors
         )

@@ -142,6 +142,7 @@ class TokenLogProbsFunction(torch.autograd.Function):
         memory_budget: int,
         body: Body,
     ) -> Tensor:
+        """(T) log-probabilities; what is kept depends on which inputs need a gradient."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trained = needs_weight or needs_bias
         with without_autocast(hidden.device):
@@ -170,6 +171,7 @@ class TokenLogProbsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the kept rows under a frozen head; else goes over the tiles again."""
         softcap, scale, body, dtype = ctx.settings
         needs = ctx.needs_input_grad[:3]
         nothing = [None] * 5

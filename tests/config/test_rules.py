@@ -119,7 +119,9 @@ def test_a_broken_rule_is_refused_with_its_fields_and_a_remedy(name: str) -> Non
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_nearest_legal_configuration_passes(name: str) -> None:
-    CPOConfig().updated(CASES[name][1])
+    changes = CASES[name][1]
+    made = CPOConfig().updated(changes)
+    assert {field: made.get(field) for field in changes} == changes
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,13 +146,16 @@ def test_further_ways_to_break_a_rule(changes: dict[str, Any]) -> None:
 
 
 def test_mining_is_a_source_of_hard_negatives() -> None:
-    CPOConfig().updated(
-        CASES["hard_negatives_have_a_source"][0] | {"data.create_hard_negatives": True}
-    )
+    broken = CASES["hard_negatives_have_a_source"][0]
+    made = CPOConfig().updated(broken | {"data.create_hard_negatives": True})
+    assert made.cpo.hard_negative_ratio == broken["cpo.hard_negative_ratio"]
 
 
 def test_a_validation_file_may_be_null_beside_a_percentage() -> None:
-    CPOConfig().updated({"data.validation_file": None, "data.validation_split_percentage": 0.2})
+    made = CPOConfig().updated(
+        {"data.validation_file": None, "data.validation_split_percentage": 0.2}
+    )
+    assert made.data.validation_split_percentage == 0.2
 
 
 def test_packages_are_found_without_importing_them() -> None:

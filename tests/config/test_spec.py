@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -281,7 +282,10 @@ def test_no_two_fields_share_a_description() -> None:
     "text", [EXAMPLE, QUICK, PROD, RESEARCH, INSTABILITY, POOR_CONTRAST, MEMORY]
 )
 def test_the_documented_yaml_loads(tmp_path: Path, text: str) -> None:
-    load(tmp_path, text)
+    loaded = load(tmp_path, text)
+    from_file = [origin for origin in loaded.provenance.values() if origin.kind == "file"]
+    leaves = [line for line in text.splitlines() if re.match(r"\s+\w+: *[^#\s]", line)]
+    assert len(from_file) == len(leaves)
 
 
 def test_values_of_the_documented_example_arrive(tmp_path: Path) -> None:

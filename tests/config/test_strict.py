@@ -359,7 +359,8 @@ def test_row_61_a_value_is_hidden_by_its_key_or_by_its_shape() -> None:
 
 
 def test_row_61_numbers_about_tokens_are_no_credentials(tmp_path: Path) -> None:
-    load(tmp_path, "cpo: {model_init_kwargs: {token: true, max_tokens: 3}}")
+    config = load(tmp_path, "cpo: {model_init_kwargs: {token: true, max_tokens: 3}}").config
+    assert config.cpo.model_init_kwargs == {"token": True, "max_tokens": 3}
 
 
 def test_plain_scalars_follow_the_core_schema() -> None:

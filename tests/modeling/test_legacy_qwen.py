@@ -381,7 +381,10 @@ def test_old_buffers_are_no_unexpected_keys(tmp_path: Path, weights: dict[str, T
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
         "transformer.rotary_emb.inv_freq": torch.ones(8),
     }
-    load_model(source(write_model(tmp_path / "m", weights | buffers)))
+    model = load_model(source(write_model(tmp_path / "m", weights | buffers)))
+    assert not any(
+        "masked_bias" in name or "rotary" in name for name, _ in model.named_parameters()
+    )
 
 
 def test_a_key_in_two_shards_and_a_lost_shard_are_refused(
