@@ -20,7 +20,7 @@ from cpo_arabic.errors import TrainingError
 from cpo_arabic.modeling.loading import save_policy
 from cpo_arabic.modeling.policy import Reference
 from cpo_arabic.objective.contrastive import Keys
-from cpo_arabic.objective.total import term_weights
+from cpo_arabic.objective.total import ObjectiveSettings, term_weights
 from cpo_arabic.training import state as saved_state
 from cpo_arabic.training.checkpoint import Checkpoint, CheckpointStore
 from cpo_arabic.training.engine import Engine
@@ -109,6 +109,12 @@ def learning_rates(
     )
     factor = scheduler.lr_lambdas[0]
     return lambda step: settings.learning_rate * float(factor(step))
+
+
+def total_of_means(means: dict[str, float], objective: ObjectiveSettings) -> float:
+    """L as it is optimised, from the means of its terms; a term that is off adds nothing."""
+    weights = term_weights(objective)
+    return sum(weight * means.get(TERMS[term], 0.0) for term, weight in weights.items())
 
 
 class Trainer:
@@ -258,12 +264,11 @@ class Trainer:
         engine = self.engine
         now = time.perf_counter()
         means = sums.means(engine.reduce)
-        weights = term_weights(engine.objective)
         tokens = self._window_tokens * engine.accelerator.num_processes
         record = {
             "step": self.step,
             "epoch": round(self.step / self.loader.schedule.steps_per_epoch, 4),
-            "loss": sum(w * means.get(TERMS[t], 0.0) for t, w in weights.items()),
+            "loss": total_of_means(means, engine.objective),
             **means,
             "grad_norm": norm,
             "learning_rate": rate,

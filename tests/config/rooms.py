@@ -44,7 +44,7 @@ from cpo_arabic.training import trainer as loop
 from cpo_arabic.training.metrics import MetricsFile
 from cpo_arabic.training.observer import SilentObserver
 from cpo_arabic.training.step import accumulate
-from cpo_arabic.training.trainer import Trainer
+from cpo_arabic.training.trainer import Trainer, total_of_means
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ROWS, HELD_OUT = 12, 5
@@ -485,7 +485,7 @@ def _first_step(config: CPOConfig) -> dict[str, Any]:
     policy.zero_grad()
     assert all(map(math.isfinite, means.values()))
     return {
-        "objective": (means, trainer._total(means), gradient),
+        "objective": (means, total_of_means(means, engine.objective), gradient),
         "work": ({name: calls.count(name) for name in sorted(set(calls))}, sorted(kinds)),
     }
 
