@@ -151,6 +151,10 @@ class RowEncoder:
                 )
         return encoded
 
+    def prompt(self, rendered: Sequence[Segment]) -> list[int]:
+        """A rendered prompt's ids within their budget, as training and generation see them."""
+        return self._cut_prompt(self.encoder.segments(rendered))
+
     def _refusal(self, encoded: EncodedRow, whole: list[list[int]], budget: int) -> str | None:
         if not encoded.prompt_ids:
             return "the prompt has no token"

@@ -1,8 +1,9 @@
 """Hard negatives by search: good answers to other prompts, or a model's own answers.
 
-(N) rows  (C) distinct candidate texts  (D) embedding
+(N) rows  (C) distinct candidate texts  (D) embedding  (Q) queries of a block  (k) best of each
 
-What is mined never equals, or nearly equals, the chosen text, and never answers the same prompt.
+What is mined never equals, or nearly equals, a chosen text of the same prompt, be it of another
+row.
 The result is a JSONL file that a person can read and edit; it is used again as long as the rows and
 the way of mining are the same.
 """
@@ -10,6 +11,7 @@ the way of mining are the same.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -25,12 +27,17 @@ from cpo_arabic.errors import DataError
 from cpo_arabic.files import write_whole
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-Generate = Callable[[Sequence[PreferenceRecord]], list[str]]
+Search = Callable[[NDArray[np.float32], NDArray[np.float32], int], NDArray[np.int64]]
+Generate = Callable[[Sequence[PreferenceRecord], int], list[str]]
+Progress = Callable[[int, int], None]
 Ranking = Iterator[list[tuple[int, float]]]
 
 NEAR = 0.8
 """Share of common words (Jaccard) from which a text counts as nearly the chosen one."""
-BLOCK = 1024
+TEXTS = 256
+"""Texts that are embedded, and queries that are searched for, at a time."""
+KEYS = 16_384
+"""Candidates that a block of queries meets at a time: their scores are 16 MiB."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +49,85 @@ class Mined:
     source: str  # place of the row whose chosen text it is, or the model
 
 
+def silent(done: int, total: int) -> None:
+    """Progress that nobody is told."""
+
+
 def search_semantic(
-    records: Sequence[PreferenceRecord], embed: Embed, *, per_row: int
+    records: Sequence[PreferenceRecord],
+    embed: Embed,
+    *,
+    per_row: int,
+    progress: Progress = silent,
 ) -> list[list[Mined]]:
     """The answers of other prompts closest in meaning to each prompt: exact search, by blocks.
+
+    Held at a time are the candidates' embeddings, (C, D) float32, and one block of scores.
 
     Args:
         records: rows.
         embed: texts → (n, D) unit vectors.
         per_row: most negatives a row gets, the hardest first.
+        progress: told the texts embedded, of all.
     """
     candidates = _candidates(records)
-    keys = embed([record.chosen for record in candidates])
+    prompts = [record.prompt_text for record in records]
+    chosen = [record.chosen for record in candidates]
+    total, search = len(chosen) + len(prompts), nearest_search()
+    keys = np.empty((0, 0), np.float32)
+    for start in range(0, len(chosen), TEXTS):
+        block = embed(chosen[start : start + TEXTS])
+        if start == 0:
+            keys = np.empty((len(chosen), block.shape[1]), np.float32)
+        keys[start : start + TEXTS] = block
+        progress(min(start + TEXTS, len(chosen)), total)
 
     def ranking() -> Ranking:
-        for start in range(0, len(records), BLOCK):
-            queries = embed([r.prompt_text for r in records[start : start + BLOCK]])
-            yield from _top(queries @ keys.T, 4 * per_row + 8)
+        for start in range(0, len(prompts), TEXTS):
+            queries = embed(prompts[start : start + TEXTS])
+            yield from _ranked(queries, keys, search, 4 * per_row + 8)
+            progress(min(len(chosen) + start + TEXTS, total), total)
 
     return _kept(records, candidates, ranking(), per_row)
+
+
+def nearest_search() -> Search:
+    """The fastest exact search at hand: FAISS where it is installed, else numpy by blocks."""
+    try:
+        from faiss import METRIC_INNER_PRODUCT, knn
+    except ImportError:
+        return nearest_by_blocks
+
+    def nearest(
+        queries: NDArray[np.float32], keys: NDArray[np.float32], count: int
+    ) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = knn(queries, keys, count, metric=METRIC_INNER_PRODUCT)[1]
+        return found
+
+    return nearest
+
+
+def nearest_by_blocks(
+    queries: NDArray[np.float32], keys: NDArray[np.float32], count: int
+) -> NDArray[np.int64]:
+    """(Q, k) numbers of the keys with the greatest inner products, in no order.
+
+    Args:
+        queries: (Q, D).
+        keys: (C, D), met ``KEYS`` at a time.
+        count: k, no more than C.
+    """
+    best = np.empty((len(queries), 0), np.float32)
+    found = np.empty((len(queries), 0), np.int64)
+    for start in range(0, len(keys), KEYS):
+        scores = queries @ keys[start : start + KEYS].T
+        numbers = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
+        best, found = np.hstack([best, scores]), np.hstack([found, numbers])
+        if best.shape[1] > count:
+            kept = np.argpartition(best, -count, axis=1)[:, -count:]
+            best = np.take_along_axis(best, kept, axis=1)
+            found = np.take_along_axis(found, kept, axis=1)
+    return found
 
 
 def search_bm25(records: Sequence[PreferenceRecord], *, per_row: int) -> list[list[Mined]]:
@@ -93,14 +160,23 @@ def search_bm25(records: Sequence[PreferenceRecord], *, per_row: int) -> list[li
 def own_answers(
     records: Sequence[PreferenceRecord], generate: Generate, *, per_row: int, source: str
 ) -> list[list[Mined]]:
-    """A model's own samples as negatives (on-policy); blank or nearly right ones are left out."""
+    """A model's own samples as negatives (on-policy); blank or nearly right ones are left out.
+
+    Args:
+        records: rows.
+        generate: rows, attempt → one sample for each; another attempt gives others.
+        per_row: attempts.
+        source: what the negatives' origin is called.
+    """
     mined: list[list[Mined]] = [[] for _ in records]
-    for _ in range(per_row):
-        for row, text in enumerate(generate(records)):
-            taken = {canonical(found.text) for found in mined[row]}
+    right = _right_answers(records)
+    for attempt in range(per_row):
+        answers = generate(records, attempt)
+        for record, found, text in zip(records, mined, answers, strict=True):
+            taken = {canonical(m.text) for m in found}
             fresh = bool(text.strip()) and canonical(text) not in taken
-            if fresh and not _near(text, records[row].chosen):
-                mined[row].append(Mined(text, 1.0, source))
+            if fresh and not _near(text, right[record.prompt_key]):
+                found.append(Mined(text, 1.0, source))
     return mined
 
 
@@ -168,12 +244,26 @@ def _candidates(records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
     return list({canonical(record.chosen): record for record in records}.values())
 
 
-def _top(scores: NDArray[np.float32], count: int) -> Ranking:
-    count = min(count, scores.shape[1])
-    best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-    for row, columns in zip(scores, best, strict=True):
-        ordered = sorted(columns.tolist(), key=lambda c: (-row[c], c))
-        yield [(int(c), float(row[c])) for c in ordered]
+def _right_answers(records: Sequence[PreferenceRecord]) -> dict[int, list[str]]:
+    """Every chosen text of each prompt."""
+    right: dict[int, list[str]] = defaultdict(list)
+    for record in records:
+        right[record.prompt_key].append(record.chosen)
+    return right
+
+
+def _ranked(
+    queries: NDArray[np.float32], keys: NDArray[np.float32], search: Search, count: int
+) -> Ranking:
+    """The nearest keys of each query with their scores, the nearest first.
+
+    Scores are computed anew in float64, so that equal embeddings tie whatever found them; the
+    earlier candidate then comes first.
+    """
+    for query, found in zip(queries, search(queries, keys, min(count, len(keys))), strict=True):
+        scores = (keys[found] * query.astype(np.float64)).sum(axis=1)
+        order = np.lexsort((found, -scores))
+        yield [(int(found[i]), float(scores[i])) for i in order]
 
 
 def _kept(
@@ -182,12 +272,12 @@ def _kept(
     ranking: Iterator[list[tuple[int, float]]],
     per_row: int,
 ) -> list[list[Mined]]:
-    mined = []
+    right, mined = _right_answers(records), []
     for record, ranked in zip(records, ranking, strict=True):
         found: list[Mined] = []
         for index, score in ranked:
             other = candidates[index]
-            if other.prompt_key != record.prompt_key and not _near(other.chosen, record.chosen):
+            if not _near(other.chosen, right[record.prompt_key]):
                 found.append(Mined(other.chosen, score, other.place))
             if len(found) == per_row:
                 break
@@ -195,10 +285,16 @@ def _kept(
     return mined
 
 
-def _near(text: str, chosen: str) -> bool:
-    """Equal, or nearly so by shared words."""
-    a, b = set(_words(text)), set(_words(chosen))
-    return canonical(text) == canonical(chosen) or (len(a & b) >= NEAR * len(a | b) > 0)
+def _near(text: str, answers: Sequence[str]) -> bool:
+    """Equal to one of the answers, or nearly so by shared words."""
+    words = set(_words(text))
+    for answer in answers:
+        others = set(_words(answer))
+        if canonical(text) == canonical(answer):
+            return True
+        if len(words & others) >= NEAR * len(words | others) > 0:
+            return True
+    return False
 
 
 def _words(text: str) -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cpo_arabic.data import mining
 from cpo_arabic.data.mining import (
     Mined,
     cached,
+    nearest_by_blocks,
+    nearest_search,
     own_answers,
     search_bm25,
     search_semantic,
@@ -63,11 +67,95 @@ def test_bm25_finds_shared_words() -> None:
     assert "مصر" in mined[0][0].text or "باريس عاصمة" in mined[0][0].text
 
 
+@pytest.mark.parametrize("search", ["semantic", "bm25"])
+def test_a_right_answer_of_another_row_with_the_same_prompt_is_never_a_negative(
+    search: str,
+) -> None:
+    shared = "مدينة القاهرة هي الجواب عن سؤالين مختلفين."
+    rows = [
+        record("أي مدينة على النيل؟", "الخرطوم على النيل."),
+        record("أي مدينة على النيل؟", shared),
+        record("أي مدينة فيها الأهرام؟", shared),
+        record("أي مدينة على دجلة؟", "بغداد مدينة على دجلة."),
+    ]
+    if search == "bm25":
+        pytest.importorskip("bm25s")
+    mined = (
+        search_bm25(rows, per_row=4)
+        if search == "bm25"
+        else search_semantic(rows, embed, per_row=4)
+    )
+    assert shared not in [m.text for found in mined[:2] for m in found]
+    assert shared in [m.text for m in mined[3]]
+
+
+# --- exact search -------------------------------------------------------------------------------
+
+
+def vectors(count: int, seed: int) -> np.ndarray:
+    """Unit vectors, every second of them a repeated one."""
+    generator = np.random.default_rng(seed)
+    different = generator.standard_normal((max(1, count // 5), 16)).astype(np.float32)
+    chosen = different[generator.integers(0, len(different), count)]
+    chosen[::2] = generator.standard_normal((len(chosen[::2]), 16))
+    return chosen / np.linalg.norm(chosen, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("count", [1, 12, 40])
+def test_search_by_blocks_is_exact(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(mining, "KEYS", 17)
+    queries, keys = vectors(9, 0), vectors(100, 1)
+    found = nearest_by_blocks(queries, keys, count)
+    for query, numbers in zip(queries, found, strict=True):
+        assert len(set(numbers)) == count
+        scores = keys.astype(np.float64) @ query
+        assert np.allclose(np.sort(scores)[-count:], np.sort(scores[numbers]))
+
+
+def test_faiss_and_numpy_mine_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    assert nearest_search() is not nearest_by_blocks
+    rows = [record(f"سؤال {n}", f"جواب{n} رقم{n}") for n in range(600)]
+    table = dict(zip([r.chosen for r in rows] + [r.prompt_text for r in rows],
+                     vectors(1200, 2), strict=True))  # fmt: skip
+
+    def search() -> list[list[Mined]]:
+        return search_semantic(rows, lambda texts: np.array([table[t] for t in texts]), per_row=20)
+
+    with_faiss = search()
+    monkeypatch.setattr(mining, "nearest_search", lambda: nearest_by_blocks)
+    monkeypatch.setattr(mining, "KEYS", 100)
+    assert search() == with_faiss
+    scores = [[m.score for m in found] for found in with_faiss]
+    assert any(len(set(row)) < len(row) for row in scores), "no tie was tried"
+
+
+def test_scores_of_all_candidates_are_never_held_at_once() -> None:
+    queries, keys = np.ones((256, 4), np.float32), np.ones((200_000, 4), np.float32)
+    tracemalloc.start()
+    nearest_by_blocks(queries, keys, 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < queries.shape[0] * keys.shape[0] * 4 / 1.5  # what one matrix of scores takes
+
+
+def test_the_search_tells_how_far_it_is() -> None:
+    told: list[tuple[int, int]] = []
+    rows = [record(f"سؤال {n}", f"عاصمة {n}") for n in range(300)]
+    search_semantic(rows, embed, per_row=1, progress=lambda *at: told.append(at))
+    assert told == [(256, 600), (300, 600), (556, 600), (600, 600)]
+
+
 def test_own_answers_that_are_blank_or_right_are_left_out() -> None:
-    answers = [" ", RECORDS[1].chosen, "جواب خاطئ", "جواب", "آخر"]
-    mined = own_answers(RECORDS, lambda rows: answers, per_row=2, source="policy")
+    attempts = [
+        [" ", RECORDS[1].chosen, RECORDS[0].chosen, "جواب", "آخر"],
+        [" ", "جديد", "جواب خاطئ", "جواب", "ثان"],
+    ]
+    mined = own_answers(
+        RECORDS, lambda rows, attempt: attempts[attempt], per_row=2, source="policy"
+    )
     assert [[m.text for m in found] for found in mined] == [
-        [], [], ["جواب خاطئ"], ["جواب"], ["آخر"],
+        [], ["جديد"], ["جواب خاطئ"], ["جواب"], ["آخر", "ثان"],
     ]  # fmt: skip
 
 
