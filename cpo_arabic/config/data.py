@@ -103,7 +103,7 @@ class CPODataConfig(Section):
     augment_data: bool = False
     """Whether a share of training rows gets one augmented twin."""
     augmentation_strategy: AugmentationStrategy = "paraphrase"
-    """How twins differ: paraphrase, diacritics (off; on as the data writes), orthography, digits."""
+    """How twins differ: paraphrase, diacritics (off; on as the data has), orthography or digits."""
     augmentation_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of training rows that get a twin."""
     paraphrase_model: Name | None = None
