@@ -23,22 +23,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cpo_arabic.data.pack import PreferenceBatch, Tree
+from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.errors import ModelError
+from cpo_arabic.modeling.last_layer import ReadPositions
+from cpo_arabic.modeling.layout import TreeLayout
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 BACKENDS = ("eager", "sdpa", "flex_attention", *FLASH)
@@ -49,11 +49,12 @@ _REMEDY = "Set data.padding: longest"
 
 _VARLEN_OPTIONS = {"scale", "window_size", "enable_gqa"}
 _VARLEN_FITS_TREES = inspect.signature(varlen_attn).parameters.keys() >= _VARLEN_OPTIONS
-Made = TypeVar("Made")
 
 
 def hidden_states(backbone: nn.Module, batch: PreferenceBatch) -> Tensor:
-    """Last hidden states (R, L, D), after the final norm. Padding positions hold no meaning.
+    """Last hidden states (R, L, D), after the final norm.
+
+    Only completions and each prompt's last token hold a meaning; see :mod:`.last_layer`.
 
     ``backbone`` is the decoder of a transformers causal language model (``Qwen2Model``, …), with
     LoRA layers injected or without. The model and its config stay as they are for all other uses.
@@ -88,63 +89,13 @@ def prepare(backbone: nn.Module) -> int:
     """
     modules = _attention_modules(backbone)
     _refuse_unfit(backbone, modules)
+    last = max(modules, key=lambda module: module.layer_idx)
+    if not isinstance(last.config, _TreeConfig):
+        ReadPositions().install(last, _layer_of(last, backbone).mlp)
     for module in modules:
         if not isinstance(module.config, _TreeConfig):
             module.config = _TreeConfig(module.config)
     return len(modules)
-
-
-@dataclass(eq=False)
-class TreeLayout:
-    """Where the trees of a batch lie, and what attention derives from that once per batch."""
-
-    trees: tuple[Tree, ...]
-    rows: int
-    length: int
-    calls: int = 0  # layers that attended by it
-    cache: dict[tuple[Hashable, ...], Any] = field(default_factory=dict, repr=False)
-
-    def once(self, make: Callable[[], Made], *key: Hashable) -> Made:
-        """What ``make`` makes, at its first use in this batch."""
-        if key not in self.cache:
-            self.cache[key] = make()
-        made: Made = self.cache[key]
-        return made
-
-    @cached_property
-    def by_row(self) -> list[list[Tree]]:
-        """The trees of each row from left to right."""
-        rows: list[list[Tree]] = [[] for _ in range(self.rows)]
-        for tree in sorted(self.trees, key=lambda tree: tree.start):
-            rows[tree.row].append(tree)
-        return rows
-
-    def sequences(self, device: torch.device) -> Sequences:
-        """The layout for variable-length attention."""
-        return self.once(lambda: Sequences.of(self, device), "sequences", device)
-
-    def path_mask(
-        self,
-        queries: int,
-        before: int,
-        window: int | None,
-        device: torch.device,
-        additive: torch.dtype | None = None,
-    ) -> Tensor:
-        """:func:`path_mask`, as bool or as what is added to scores of dtype ``additive``."""
-
-        def make() -> Tensor:
-            sees = path_mask(queries, before, window, device)
-            if additive is None:
-                return sees
-            zeros = torch.zeros(sees.shape, dtype=additive, device=device)
-            return zeros.masked_fill(~sees, torch.finfo(additive).min)
-
-        return self.once(make, "mask", queries, before, window, device, additive)
-
-    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
-        """The layout for flex attention."""
-        return self.once(lambda: block_mask(self, window, device), "blocks", window, device)
 
 
 # --- eager and sdpa: tree by tree ----------------------------------------------------------------
@@ -158,6 +109,7 @@ class Dense:
     module: nn.Module
     layout: TreeLayout
     window: int | None
+    is_last_layer: bool  # of a prompt only the last token's output is read
     additive: bool  # masks as numbers to add (eager), not as bool; and never left out
     options: dict[str, Any]
 
@@ -178,102 +130,49 @@ def attend_by_tree(dense: Dense, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (R, H, L, d), k and v (R, H', L, d) → (R, L, H, d), zero at padding."""
     layout = dense.layout
     rows = []
-    for row, trees in enumerate(layout.by_row):
-        pieces: list[Tensor] = []  # (1, tokens, H, d)
-        used = 0
+    # Splits, not slices: the backward of all pieces together is one concatenation, where that of
+    # each slice would be a whole tensor of zeros.
+    for trees, *row in zip(layout.by_row, *(x.chunk(layout.rows) for x in (q, k, v)), strict=True):
+        segments = [s for tree in trees for s in (tree.prompt_length, *tree.branch_lengths)]
+        padding = layout.length - sum(segments)
+        queries, keys, values = (x.split_with_sizes([*segments, padding], dim=2) for x in row)
+        outputs: list[Tensor] = []  # (1, tokens, H, d)
+        first = 0
         for tree in trees:
-            start, used = tree.start, tree.start + tree.prompt_length + sum(tree.branch_lengths)
-            pieces += _one_tree(dense, tree, *(x[row : row + 1, :, start:used] for x in (q, k, v)))
-        rows.append(F.pad(torch.cat(pieces, dim=1), (0, 0, 0, 0, 0, layout.length - used)))
+            here = slice(first, first + 1 + len(tree.branch_lengths))
+            outputs += _one_tree(dense, queries[here], keys[here], values[here])
+            first = here.stop
+        rows.append(F.pad(torch.cat(outputs, dim=1), (0, 0, 0, 0, 0, padding)))
     return torch.cat(rows)
 
 
-def _one_tree(dense: Dense, tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """Tokens of one tree (1, H, P + ΣC, d) → outputs (1, tokens, H, d), prompt then branches."""
-    prompt, branches = tree.prompt_length, len(tree.branch_lengths)
-    yield dense(q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], 0)
+def _one_tree(
+    dense: Dense, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Prompt and branches, each (1, H, tokens, d) → their outputs (1, tokens, H, d)."""
+    prompt = k[0].shape[2]
+    unread = prompt - 1 if dense.is_last_layer else 0
+    yield F.pad(dense(q[0][:, :, unread:], k[0], v[0], unread), (0, 0, 0, 0, unread, 0))
 
     # the keys of the prompt that a branch's first token sees; later tokens see no earlier ones
     seen = prompt if dense.window is None else min(prompt, dense.window - 1)
-    own_q, own_k, own_v = (_stack_branches(x[:, :, prompt:], tree) for x in (q, k, v))
+    branches = len(q) - 1
     keys, values = (
-        torch.cat((x[:, :, prompt - seen : prompt].expand(branches, -1, -1, -1), own), dim=2)
-        for x, own in ((k, own_k), (v, own_v))
+        torch.cat((x[0][:, :, prompt - seen :].expand(branches, -1, -1, -1), _stack(x[1:])), dim=2)
+        for x in (k, v)
     )
-    output = dense(own_q, keys, values, seen)
-    for branch, length in enumerate(tree.branch_lengths):
-        yield output[branch : branch + 1, :length]
+    output = dense(_stack(q[1:]), keys, values, seen)
+    for own, branch in zip(output.chunk(branches), q[1:], strict=True):
+        yield own[:, : branch.shape[2]]
 
 
-def _stack_branches(x: Tensor, tree: Tree) -> Tensor:
-    """(1, H, ΣC, d) → (K, H, max C, d), zero beyond a branch's end."""
-    longest = max(tree.branch_lengths)
-    branches = torch.split_with_sizes(x, tree.branch_lengths, dim=2)
+def _stack(branches: Sequence[Tensor]) -> Tensor:
+    """K times (1, H, C, d) → (K, H, max C, d), zero beyond a branch's end."""
+    longest = max(branch.shape[2] for branch in branches)
     return torch.cat([F.pad(b, (0, 0, 0, longest - b.shape[2])) for b in branches])
 
 
-def path_mask(queries: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of ``before`` earlier and ``queries`` own keys each query sees, (1, 1, Q, N) bool.
-
-    It is the same for a longer and a shorter branch: padded keys come after all real queries.
-    """
-    query = torch.arange(before, before + queries, device=device)[:, None]
-    key = torch.arange(before + queries, device=device)
-    sees = key <= query
-    if window is not None:
-        sees &= key > query - window
-    return sees[None, None]
-
-
 # --- attention in one variable-length call --------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """The batch as N sequences: prompts, branches and the padding at a row's end, in row order.
-
-    Query sequences lie one after another in (R·L); key sequences are gathered by ``key_index``.
-    Queries are the last ones of their keys' positions ("bottom-right" causal).
-    """
-
-    key_index: Tensor  # (ΣN) flat positions, int64
-    query_bounds: Tensor  # (N + 1) int32
-    key_bounds: Tensor  # (N + 1) int32
-    longest_query: int
-    longest_key: int
-
-    @staticmethod
-    def of(layout: TreeLayout, device: torch.device) -> Sequences:
-        """The sequences of a layout."""
-        keys: list[Tensor] = []
-        queries: list[int] = []
-        for row, trees in enumerate(layout.by_row):
-            flat = row * layout.length
-            end = flat
-            for tree in trees:
-                prompt = torch.arange(end, end + tree.prompt_length)
-                keys.append(prompt)
-                queries.append(tree.prompt_length)
-                end += tree.prompt_length
-                for length in tree.branch_lengths:
-                    keys.append(torch.cat((prompt, torch.arange(end, end + length))))
-                    queries.append(length)
-                    end += length
-            if rest := flat + layout.length - end:
-                keys.append(torch.arange(end, end + rest))
-                queries.append(rest)
-        lengths = [len(key) for key in keys]
-        return Sequences(
-            key_index=torch.cat(keys).to(device, non_blocking=True),
-            query_bounds=_bounds(queries).to(device, non_blocking=True),
-            key_bounds=_bounds(lengths).to(device, non_blocking=True),
-            longest_query=max(queries),
-            longest_key=max(lengths),
-        )
-
-
-def _bounds(lengths: Sequence[int]) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -348,37 +247,6 @@ def _fits_varlen(q: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
     )
 
 
-# --- flex attention ------------------------------------------------------------------------------
-
-
-def block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> BlockMask:
-    """The whole layout as one block-sparse mask over (R, L, L)."""
-    tree = torch.full((layout.rows, layout.length), -1)  # padding is a tree by itself
-    segment = torch.zeros_like(tree)  # 0: prompt, then the branches
-    place = torch.arange(layout.length).repeat(layout.rows, 1)  # on the path from the root
-    for number, each in enumerate(layout.trees):
-        end = each.start
-        for branch, length in enumerate((each.prompt_length, *each.branch_lengths)):
-            here = (each.row, slice(end, end + length))
-            first = each.prompt_length if branch else 0
-            tree[here] = number
-            segment[here] = branch
-            place[here] = torch.arange(first, first + length)
-            end += length
-    tree, segment, place = (x.to(device) for x in (tree, segment, place))
-
-    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        on_path = (segment[row, key] == 0) | (segment[row, key] == segment[row, query])
-        allowed = (tree[row, key] == tree[row, query]) & on_path & (key <= query)
-        if window is not None:
-            allowed = allowed & (place[row, query] - place[row, key] < window)
-        return allowed
-
-    return create_block_mask(
-        sees, layout.rows, None, layout.length, layout.length, device=str(device)
-    )
-
-
 # --- how a model comes to call this --------------------------------------------------------------
 
 
@@ -448,7 +316,9 @@ def _attention_in_trees(
         elif name == "sdpa" and _fits_varlen(q, v, options):
             output = attend_varlen(layout, q, k, v, options.get("scaling"), window)
         else:
-            dense = Dense(plain, module, layout, window, name == "eager", options)
+            config: Any = module.config
+            is_last = module.layer_idx == config.num_hidden_layers - 1
+            dense = Dense(plain, module, layout, window, is_last, name == "eager", options)
             output = attend_by_tree(dense, q, k, v)
     return output
 
@@ -499,6 +369,11 @@ def _no_mask(layout: TreeLayout, device: torch.device) -> Tensor:
     were it ever used, the shapes would not match."""
     size = layout.length + 1
     return torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, size, size)
+
+
+def _layer_of(attention: nn.Module, backbone: nn.Module) -> Any:
+    """The decoder layer that an attention module belongs to."""
+    return next(m for m in backbone.modules() if attention in set(m.children()))
 
 
 # --- what is refused -----------------------------------------------------------------------------

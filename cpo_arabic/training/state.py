@@ -47,8 +47,7 @@ def load_optimizer(
                     f"{folder / OPTIMIZER}: {name} is {tuple(value.shape)} there and "
                     f"{tuple(parameter.shape)} in the model"
                 )
-            # AdamW keeps step counts on the host unless it is fused.
-            state[key] = value if key == "step" else value.to(parameter.device)
+            state[key] = value.to(parameter.device)  # the step count, too: AdamW is fused
         if state:
             optimizer.state[parameter] = state
     if tensors:

@@ -93,7 +93,7 @@ def build_optimizer(policy: nn.Module, settings: OptimizerSettings) -> torch.opt
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
-        fused=all(p.is_cuda for p in trainable),
+        fused=True,
     )
 
 

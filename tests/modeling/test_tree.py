@@ -34,7 +34,8 @@ from transformers.models.bart.modeling_bart import BartDecoder
 from cpo_arabic.data.pack import Padding, PreferenceBatch, TokenizedGroup, collate
 from cpo_arabic.errors import ModelError
 from cpo_arabic.modeling import tree as tree_module
-from cpo_arabic.modeling.tree import TreeLayout, hidden_states, prepare
+from cpo_arabic.modeling.layout import TreeLayout
+from cpo_arabic.modeling.tree import hidden_states, prepare
 
 # peft, and these tests, use names that the newest transformers renames and older ones need
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -206,6 +207,44 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, back
     again = measure(model, batch_of("packed"))
     again.assert_close(trees, rtol=0, atol=0)
     again.assert_close(rows, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
+def test_the_last_mlp_computes_only_what_is_read(name: str, checkpointing: bool) -> None:
+    model, batch = build(name).train(), batch_of("packed")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepare(decoder(model))
+    seen: dict[str, list[int]] = {}
+    for path, module in decoder(model).named_modules():
+        if path.endswith((".down_proj", ".mlp.c_proj")):
+            module.register_forward_pre_hook(
+                lambda _, inputs, path=path: seen.setdefault(path, []).append(
+                    inputs[0].shape[:-1].numel()
+                )
+            )
+    measure(model, batch)
+    *others, last = (set(counts) for counts in seen.values())
+    assert last == {len(batch.token_targets) + len(batch.prompt_ends)}
+    assert others and all(counts == {batch.input_ids.numel()} for counts in others)
+
+
+def test_layers_repeated_by_checkpointing_meet_their_own_batch() -> None:
+    model = build("qwen2").train()
+    first, second = batch_of("packed"), batch_of("packed", groups(((4, (2, 2)), (7, (5,)))))
+    expected = measure(model, first).gradients
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.zero_grad()
+    hidden = hidden_states(decoder(model), first).flatten(0, 1)
+    hidden_states(decoder(model), second)  # between forward and backward of the first
+    logits = model.lm_head(hidden[first.token_predictors])
+    log_probs = -F.cross_entropy(logits, first.token_targets, reduction="none")
+    ends = hidden[first.prompt_ends].tanh().mean()
+    ((log_probs * torch.linspace(-1, 1, len(log_probs))).mean() + ends).backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in expected:
+            torch.testing.assert_close(parameter.grad, expected[parameter_name])
 
 
 def with_lora(model: Any) -> Any:
