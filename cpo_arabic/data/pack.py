@@ -30,6 +30,9 @@ Padding = Literal["max_length", "longest", "packed"]
 WINDOW_BATCHES = 32
 """Batches whose rows ``plan_batches`` may exchange with each other to even out their lengths."""
 
+SPARE_ROWS = 8
+"""How many rows above the fewest :func:`pack_rows` tries: with more, padding is small anyway."""
+
 
 @dataclass(frozen=True)
 class TokenizedGroup:
@@ -114,29 +117,44 @@ def collate(
 
 
 def pack_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Share out items of ``sizes`` tokens over as few rows of ``budget`` tokens as are needed.
+    """Share out items of ``sizes`` tokens over rows of at most ``budget`` tokens, hardly padded.
 
-    First-fit-decreasing finds how many rows there must be; since the longest row sets the width of
-    all, the items are then dealt largest first to the emptiest row, and the narrower of the two
-    arrangements is taken. An item above the budget raises the budget of this batch to its size:
-    the rows are as wide as it anyway. Deterministic; items in a row and rows by their first item
-    are in the order given.
+    First-fit-decreasing finds how few rows there can be. The longest row sets the width of all, so
+    items are then dealt largest first to the emptiest row, for that number of rows and for up to
+    ``SPARE_ROWS`` more; the arrangement of the smallest area (rows × width) is taken, of equal ones
+    that with the fewest rows. An item above the budget raises the budget of this batch to its size: the
+    rows are as wide as it anyway. Deterministic; items in a row and rows by their first item are
+    in the order given.
     """
     budget = max(budget, *sizes)
     largest_first = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
-    fitted: list[list[int]] = []
-    room: list[int] = []
-    for item in largest_first:
-        row = next((r for r, left in enumerate(room) if left >= sizes[item]), len(fitted))
-        if row == len(fitted):
-            fitted.append([])
-            room.append(budget)
-        fitted[row].append(item)
-        room[row] -= sizes[item]
+    fitted = _first_fit(largest_first, sizes, budget)
+    counts = range(len(fitted), min(len(fitted) + SPARE_ROWS, len(sizes)) + 1)
+    dealt = [_deal(largest_first, sizes, rows=n, capacity=len(sizes)) for n in counts]
 
-    dealt = _deal(largest_first, sizes, rows=len(fitted), capacity=len(sizes))
-    rows = min(fitted, dealt, key=lambda rows: max(sum(sizes[i] for i in row) for row in rows))
-    return sorted(sorted(row) for row in rows)
+    def area(rows: list[list[int]]) -> int:
+        return len(rows) * _width(rows, sizes)
+
+    within = [rows for rows in (fitted, *dealt) if _width(rows, sizes) <= budget]
+    return sorted(sorted(row) for row in min(within, key=area))
+
+
+def _first_fit(items: Iterable[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Each item goes to the first row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in items:
+        row = next((r for r, left in enumerate(room) if left >= sizes[item]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(budget)
+        rows[row].append(item)
+        room[row] -= sizes[item]
+    return rows
+
+
+def _width(rows: Iterable[list[int]], sizes: Sequence[int]) -> int:
+    return max(sum(sizes[item] for item in row) for row in rows)
 
 
 def plan_batches(

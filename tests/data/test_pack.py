@@ -164,6 +164,13 @@ def test_rows_are_evened_out_because_the_longest_sets_the_width_of_all() -> None
     assert pack_rows([6, 4, 2], 10) == [[0], [1, 2]]
 
 
+def test_more_rows_are_taken_where_they_leave_less_padding() -> None:
+    # three rows, of which the widest has two items: 3 × 20; five rows of one item each: 5 × 10
+    assert pack_rows([10] * 5, 20) == [[0], [1], [2], [3], [4]]
+    # no more rows where they would save nothing
+    assert len(pack_rows([10] * 4, 20)) == 2
+
+
 def test_a_group_above_the_budget_widens_the_rows_of_its_batch() -> None:
     assert pack_rows([30, 5, 5, 5], 10) == [[0], [1, 2, 3]]
 
