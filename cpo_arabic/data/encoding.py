@@ -8,16 +8,21 @@ row is counted.
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+from cpo_arabic.data.byte_pairs import PATTERN
 from cpo_arabic.data.text import text_key
 
 Segment = str | int
 TruncationMode = Literal["keep_end", "keep_start"]
+
+_SPACES = re.compile(r"\s ")  # a run of white space is one word, or the next one's end
 
 
 @dataclass(frozen=True)
@@ -78,20 +83,29 @@ def _backend(description: str) -> Any:
 
 @dataclass
 class TextEncoder:
-    """Text → ids with control tokens switched off. ``backend`` is a `tokenizers.Tokenizer`."""
+    """Text → ids with control tokens switched off. ``backend`` is a `tokenizers.Tokenizer`.
+
+    With ``by_words`` a text is encoded word by word, each one once: words come again, and looking
+    one up takes a tenth of the time. Only for a tokenizer whose words stand alone.
+    """
 
     backend: Any
-    _cache: dict[str, list[int]] = field(default_factory=dict)
+    by_words: bool = False
+    _known: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, description: str) -> TextEncoder:
         """Rebuild a fast tokenizer from its own JSON."""
-        return cls(_backend(description))
+        return cls(_backend(description), words_stand_alone(description))
 
     def __call__(self, text: str) -> list[int]:
         """Encode one text."""
-        # The batch call is the one that computes no offsets, a sixth of the time.
-        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if not self.by_words or _SPACES.search(text):
+            return self._encode(text)
+        first, *words = text.split(" ")
+        ids = list(self._remembered(first))
+        for word in words:
+            ids += self._remembered(" " + word)
         return ids
 
     def segments(self, parts: Sequence[Segment]) -> list[int]:
@@ -100,15 +114,49 @@ class TextEncoder:
         for part in parts:
             if isinstance(part, int):
                 ids.append(part)
-            elif len(part) > 16:
-                ids += self(part)
             else:
-                if part not in self._cache:
-                    if len(self._cache) > 10_000:
-                        self._cache.clear()
-                    self._cache[part] = self(part)
-                ids += self._cache[part]
+                ids += self(part) if len(part) > 16 else self._remembered(part)
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        # The batch call is the one that computes no offsets, a sixth of the time.
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def _remembered(self, text: str) -> list[int]:
+        ids = self._known.get(text)
+        if ids is None:
+            ids = self._encode(text)
+            if len(text) <= 32:
+                if len(self._known) >= 100_000:
+                    self._known.clear()
+                self._known[text] = ids
+        return ids
+
+
+def words_stand_alone(description: str) -> bool:
+    """Whether a tokenizer's ids before a space never depend on what follows, nor the other way.
+
+    True of every Qwen tokenizer: its pattern takes a space only as a word's first character or in
+    a run of white space, byte pairs never leave a word, and nothing composes with a space. Added
+    tokens that hold or swallow white space would break it.
+    """
+    parts = json.loads(description)
+    split, *rest = (parts["pre_tokenizer"] or {}).get("pretokenizers", [None])
+    qwen = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    return (
+        split == qwen
+        and [(part["type"], part["use_regex"]) for part in rest] == [("ByteLevel", False)]
+        and not rest[0]["add_prefix_space"]
+        and parts["model"]["type"] == "BPE"
+        and not parts["model"]["dropout"]
+        and (parts["normalizer"] or {"type": "NFC"}) == {"type": "NFC"}
+        and not any(
+            " " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+            for token in parts["added_tokens"]
+            if not token["special"]
+        )
+    )
 
 
 @dataclass(frozen=True)

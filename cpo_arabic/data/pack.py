@@ -80,6 +80,11 @@ class PreferenceBatch:
     group_rows: Tensor  # (G) the record's row number
     padding_share: float  # padded positions / all positions
 
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens of its rows, without padding."""
+        return round(self.input_ids.numel() * (1.0 - self.padding_share))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with its tensors on ``device``."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -122,9 +127,9 @@ def pack_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
     First-fit-decreasing finds how few rows there can be. The longest row sets the width of all, so
     items are then dealt largest first to the emptiest row, for that number of rows and for up to
     ``SPARE_ROWS`` more; the arrangement of the smallest area (rows × width) is taken, of equal ones
-    that with the fewest rows. An item above the budget raises the budget of this batch to its size: the
-    rows are as wide as it anyway. Deterministic; items in a row and rows by their first item are
-    in the order given.
+    that with the fewest rows. An item above the budget raises the budget of this batch to its
+    size: the rows are as wide as it anyway. Deterministic; items in a row and rows by their first
+    item are in the order given.
     """
     budget = max(budget, *sizes)
     largest_first = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))

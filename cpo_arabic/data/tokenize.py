@@ -41,7 +41,7 @@ __all__ = ["PreferenceDataset", "TokenReport", "tokenize_records"]
 
 CACHE_VERSION = 1
 BATCH_ROWS = 512
-WORTH_WORKERS = 4096  # rows under which starting processes costs more than it saves
+WORTH_WORKERS = 8192  # rows under which starting processes costs more than it saves
 
 
 @dataclass
@@ -279,12 +279,16 @@ class _Work:
         """Keep every worker two parts ahead; give the results in the order of the parts."""
         assert self.description is not None
         waiting: list[Future[Encoded]] = []
-        with ProcessPoolExecutor(
-            self.num_workers,
-            mp_context=get_context("spawn"),
-            initializer=start_worker,
-            initargs=(self.description, self._row_arguments()),
-        ) as pool:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(
+                self.num_workers,
+                mp_context=get_context("spawn"),
+                initializer=start_worker,
+                # Through a file: a pipe would hold each start up until the last worker has read.
+                initargs=(_written(self.description, Path(folder)), self._row_arguments()),
+            ) as pool,
+        ):
             for part in parts:
                 waiting.append(pool.submit(work_on, self._rendered(part)))
                 if len(waiting) > 2 * self.num_workers:
@@ -367,6 +371,12 @@ class _SlowEncoder(TextEncoder):
             text, add_special_tokens=False, split_special_tokens=True
         )
         return ids
+
+
+def _written(description: str, folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(description, encoding="utf-8")
+    return path
 
 
 def _parts(records: Iterable[PreferenceRecord], size: int) -> Iterator[list[PreferenceRecord]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cpo_arabic.data.encoding import EncodedRow, RenderedRow, RowEncoder, TextEncoder
@@ -31,8 +32,9 @@ class Encoded:
 _worker: list[RowEncoder] = []  # this process's encoder, where it is a worker
 
 
-def start_worker(description: str, arguments: tuple[Any, ...]) -> None:
-    """Build this process's encoder from a tokenizer's JSON."""
+def start_worker(tokenizer: Path, arguments: tuple[Any, ...]) -> None:
+    """Build this process's encoder from a tokenizer's JSON file."""
+    description = tokenizer.read_text(encoding="utf-8")
     _worker[:] = [RowEncoder(TextEncoder.from_json(description), *arguments)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 import unicodedata
 from pathlib import Path
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpo_arabic.data import tokenize as tokenize_module
+from cpo_arabic.data.encoding import TextEncoder, words_stand_alone
 from cpo_arabic.data.records import PreferenceRecord, Turn
 from cpo_arabic.data.text import text_key
 from cpo_arabic.data.tokenize import PreferenceDataset, tokenize_records
@@ -106,6 +109,54 @@ def test_tokenising_the_joined_text_would_move_the_prompt(tokenizer: Any) -> Non
     joined = tokenizer(prompt + completion)["input_ids"]
     alone = tokenizer(prompt)["input_ids"]
     assert joined[: len(alone)] != alone
+
+
+# --- word by word -------------------------------------------------------------------------------
+
+SPACED = st.lists(
+    st.sampled_from([" ", " ", " ", "  ", "\n", "\t", "\r", "\u00a0", "\u2003", "\u0085", "\x1c"])
+    | st.text("ابتكـَُّْٰٓأآىة٠٩12½²abé'،؟.!_\u0301\u200f", min_size=1, max_size=5)
+    | st.sampled_from(["<|im_end|>", "<think>", "'s", "𝟗", "🦜"]),
+    max_size=24,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Any) -> TextEncoder:
+    return TextEncoder.from_json(tokenizer.backend_tokenizer.to_str())
+
+
+@settings(max_examples=1000, deadline=None)
+@given(text=SPACED)
+def test_encoding_word_by_word_gives_the_ids_of_the_whole_text(
+    encoder: TextEncoder, text: str
+) -> None:
+    assert encoder.by_words
+    whole = encoder.backend.encode(text, add_special_tokens=False).ids
+    assert encoder(text) == whole
+    assert encoder(text) == whole, "the second time words are looked up"
+
+
+def test_words_are_not_taken_apart_where_they_do_not_stand_alone(
+    tokenizer: Any, encoder: TextEncoder
+) -> None:
+    pieces = [token for piece in ("ا", " ", " ", " ب") for token in encoder(piece)]
+    assert pieces != encoder("ا   ب"), "a run of blanks is one piece, not three"
+
+    changed = copy.deepcopy(tokenizer)
+    assert words_stand_alone(changed.backend_tokenizer.to_str())
+    changed.add_tokens(["كتاب"])
+    assert words_stand_alone(changed.backend_tokenizer.to_str())
+    changed.add_tokens(["كتاب جديد"])
+    description = changed.backend_tokenizer.to_str()
+    assert not words_stand_alone(description)
+    added = changed.convert_tokens_to_ids("كتاب جديد")
+    assert added in TextEncoder.from_json(description)("هذا كتاب جديد")
+
+    other = json.loads(tokenizer.backend_tokenizer.to_str())
+    other["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
+                              "split": True}  # fmt: skip
+    assert not words_stand_alone(json.dumps(other))
 
 
 def test_the_prompt_is_what_generation_sees(tokenizer: Any) -> None:
@@ -329,8 +380,6 @@ def test_the_cache_gives_back_the_same_tokens_and_counts(tokenizer: Any, tmp_pat
 def test_whatever_the_tokens_depend_on_makes_another_cache_entry(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    import copy
-
     records = some_records(5)
     changed = copy.deepcopy(tokenizer)
     changed.add_tokens(["كتاب"])
