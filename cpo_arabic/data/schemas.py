@@ -99,9 +99,12 @@ def draft_row(values: Mapping[str, Any], columns: Columns) -> tuple[str, Draft]:
     schema = recognise(present, columns)
     if schema is None or (schema.prompt is None and _plain_pair(values, schema)):
         _refuse(values, columns)
-    draft = _draft(values, schema)
-    _add_system(draft, values, columns)
-    _add_negatives(draft, values, columns)
+    try:
+        draft = _draft(values, schema)
+        _add_system(draft, values, columns)
+        _add_negatives(draft, values, columns)
+    except RowError as error:
+        raise RowError(f"{error}. Columns found: {_names(values)}") from None
     return schema.name, draft
 
 
@@ -160,7 +163,7 @@ def _foreign(present: frozenset[str]) -> Schema | None:
 def _refuse(values: Mapping[str, Any], columns: Columns) -> NoReturn:
     """Name what is missing, what was found, and the nearest convention."""
     needed = [columns.prompt, columns.chosen, columns.rejected]
-    found = ", ".join(visible(name, 40) for name in values) or "none"
+    found = _names(values)
     nulls = [name for name in needed if name in values and values[name] is None]
     if nulls:
         raise RowError(f'column "{nulls[0]}" is null. Columns found: {found}')
@@ -177,6 +180,10 @@ def _refuse(values: Mapping[str, Any], columns: Columns) -> NoReturn:
         f"{hint}{nearest} Set data.prompt_column, data.chosen_column and data.rejected_column "
         f"to the names in the file"
     )
+
+
+def _names(values: Mapping[str, Any]) -> str:
+    return ", ".join(visible(name, 40) for name in values) or "none"
 
 
 # --- one row ------------------------------------------------------------------------------------

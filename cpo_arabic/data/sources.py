@@ -165,7 +165,7 @@ def _csv_rows(stream: IO[bytes], delimiter: str) -> Iterator[Item]:
     """Rows of a table with a header; an empty cell is a null, a JSON list in a cell is a list."""
     csv.field_size_limit(MAX_ROW_BYTES)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(_bounded(text), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -178,10 +178,25 @@ def _csv_rows(stream: IO[bytes], delimiter: str) -> Iterator[Item]:
             if cells:
                 yield _csv_row(line, header, cells)
             line = reader.line_num + 1
+    except _LongLineError:
+        size = MAX_ROW_BYTES // 2**20
+        yield BadRow(reader.line_num + 1, f"a row of more than {size} MiB: split it", fatal=True)
     except csv.Error as error:
         yield BadRow(reader.line_num, f"not CSV: {error}", fatal=True)
     finally:
         text.detach()  # the stream is its opener's to close
+
+
+class _LongLineError(Exception):
+    """A line that would not fit into memory's share."""
+
+
+def _bounded(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines, none of which is held whole where it would not fit."""
+    while line := text.readline(MAX_ROW_BYTES):
+        if len(line) == MAX_ROW_BYTES:
+            raise _LongLineError
+        yield line
 
 
 def _csv_row(line: int, header: list[str], cells: list[str]) -> Item:
