@@ -13,6 +13,7 @@ import pytest
 from cpo_arabic.data.records import (
     Columns,
     PreferenceRecord,
+    in_validation,
     iter_records,
     limit_records,
     read_records,
@@ -267,6 +268,31 @@ def test_a_split_of_zero_keeps_all_and_a_percentage_is_refused() -> None:
         split_records(many(4, 4), 10, seed=0)
     with pytest.raises(DataError, match="two different prompts"):
         split_records(many(4, 1), 0.5, seed=0)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+def test_a_stream_holds_out_its_share_of_the_prompts(fraction: float) -> None:
+    records = many(4000, 4000)
+    held = [in_validation(item, fraction, seed=3) for item in records]
+    deviation = (fraction * (1 - fraction) * len(records)) ** 0.5
+    assert sum(held) == pytest.approx(fraction * len(records), abs=4 * deviation)
+    wider = [in_validation(item, min(1.0, fraction + 0.05), seed=3) for item in records]
+    assert all(more for few, more in zip(held, wider, strict=True) if few)
+
+
+def test_a_stream_puts_equal_prompts_on_one_side_whatever_their_order() -> None:
+    records = many(600, 200)
+    sides = {item.line: in_validation(item, 0.3, seed=1) for item in records}
+    backwards = {item.line: in_validation(item, 0.3, seed=1) for item in reversed(records)}
+    assert sides == backwards
+    by_prompt: dict[int, set[bool]] = {}
+    for item in records:
+        by_prompt.setdefault(item.prompt_key, set()).add(sides[item.line])
+    assert all(len(side) == 1 for side in by_prompt.values())
+    assert in_validation(record("آ"), 0.5, 0) == in_validation(record("\u0627\u0653 "), 0.5, 0)
+    other = {item.line: in_validation(item, 0.3, seed=2) for item in records}
+    assert sides != other
+    assert not any(in_validation(item, 0.0, seed=1) for item in records)
 
 
 def test_max_samples_is_a_seeded_choice() -> None:
