@@ -1,7 +1,8 @@
-"""Writes the measured parts of the README from JSON files, so that no number is typed by hand.
+"""Writes what was measured into the pages, from JSON files, so that no number is typed by hand:
+the README's blocks and docs/bench/README.md.
 
 make demo && python scripts/build_readme.py --demo runs/demo   # take over a demo run
-python scripts/build_readme.py                                 # rewrite the README's blocks
+python scripts/build_readme.py                                 # rewrite the blocks and the page
 python scripts/build_readme.py --check                         # exit 1 when they are stale
 """
 
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-DEMO, STEP = (ROOT / "docs" / name for name in ("demo.json", "bench/step.json"))
+sys.path.insert(0, str(ROOT))  # this file is run by its path
+
+from scripts.bench import page  # noqa: E402
+
+README, DEMO, BENCH = (ROOT / name for name in ("README.md", "docs/demo.json", "docs/bench"))
 SHOWN = (
     ("reward accuracy", "eval_rewards/accuracies", ".3f"),
     ("reward margin", "eval_rewards/margins", "+.4f"),
@@ -44,36 +48,9 @@ def demo_block(demo: dict[str, Any]) -> str:
     )
 
 
-def bench_block() -> str:
-    """One optimizer step of ours beside TRL's, from ``bench/step.json``."""
-    if not STEP.exists():
-        return "No benchmark has been recorded yet."
-    bench = json.loads(STEP.read_text(encoding="utf-8"))
-    rows = []
-    for case in bench["cases"]:
-        against = case["ratios"]["ours, packed"]
-        peer = min(against, key=lambda name, a=against: a[name]["cpu_speed"])  # the fastest
-        found = against[peer]
-        speed, memory = found["cpu_speed"], found["peak_memory"]
-        rows.append(f"| {case['case']} | {peer} | {speed:.2f}× | {memory:.2f}× |")
-    hardware = bench["hardware"]
-    return "\n".join(
-        [
-            "One optimizer step of pairwise CPO, packed, full fine-tuning in float32, the same "
-            "pairs, loss and gradient on both sides; ratios of processor time and peak memory in "
-            f"one run (`python scripts/bench_step.py`; one thread of a shared 2-core "
-            f"{hardware['processor']}, torch {hardware['torch']}, TRL {hardware['trl']}):",
-            "",
-            "| prompt, completion, negatives | fastest TRL | speed | memory |",
-            "|---|---|---|---|",
-            *rows,
-        ]
-    )
-
-
 def written(text: str) -> str:
     """The README with its blocks made anew."""
-    blocks = {"bench": bench_block()}
+    blocks = {"bench": page.summary(page.read(BENCH))}
     if DEMO.exists():
         blocks["demo"] = demo_block(json.loads(DEMO.read_text(encoding="utf-8")))
     for name, body in blocks.items():
@@ -99,11 +76,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.demo is not None:
         take_over(arguments.demo)
-    old = README.read_text(encoding="utf-8")
-    new = written(old)
-    if arguments.check:
-        sys.exit(0 if new == old else "README.md is stale: run python scripts/build_readme.py")
-    README.write_text(new, encoding="utf-8")
+    pages = {
+        README: written(README.read_text(encoding="utf-8")),
+        BENCH / "README.md": page.written(page.read(BENCH)),
+    }
+    stale = [path for path, text in pages.items() if path.read_text(encoding="utf-8") != text]
+    if arguments.check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"{names}: stale; run python scripts/build_readme.py")
+    for path in stale:
+        path.write_text(pages[path], encoding="utf-8")
 
 
 if __name__ == "__main__":
