@@ -91,7 +91,7 @@ def prepare(backbone: nn.Module) -> int:
     _refuse_unfit(backbone, modules)
     last = max(modules, key=lambda module: module.layer_idx)
     if not isinstance(last.config, _TreeConfig):
-        ReadPositions().install(last, _layer_of(last, backbone).mlp)
+        ReadPositions().install(_layer_of(last, backbone), last)
     for module in modules:
         if not isinstance(module.config, _TreeConfig):
             module.config = _TreeConfig(module.config)
@@ -371,7 +371,7 @@ def _no_mask(layout: TreeLayout, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, size, size)
 
 
-def _layer_of(attention: nn.Module, backbone: nn.Module) -> Any:
+def _layer_of(attention: nn.Module, backbone: nn.Module) -> nn.Module:
     """The decoder layer that an attention module belongs to."""
     return next(m for m in backbone.modules() if attention in set(m.children()))
 
