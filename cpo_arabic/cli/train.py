@@ -193,6 +193,7 @@ def _terms(record: dict[str, Any]) -> str:
         ("nll", "nll_loss", ".2f"),
         ("contrastive", "contrastive/loss", ".2f"),
         ("tokens/s", "tokens_per_second", ",.0f"),
+        ("full", "fill_ratio", ".0%"),
     )
     return "  ".join(f"{label} {record[key]:{how}}" for label, key, how in names if key in record)
 

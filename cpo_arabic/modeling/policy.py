@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
 class PolicyOutput(NamedTuple):
     """Parts that were not wanted are None."""
 
-    log_probs: Tensor | None  # (S) float32 sums in nats; 0 for negatives under ``only_chosen``
+    log_probs: Tensor | None  # (S) float64 sums in nats; 0 for negatives under ``only_chosen``
     queries: Tensor | None  # (G, D)
     keys: Tensor | None  # (S, D)
 
@@ -46,7 +46,10 @@ def causal_lm(model: nn.Module) -> Any:
 def completion_log_probs(
     model: nn.Module, hidden: Tensor, batch: PreferenceBatch, *, only_chosen: bool = False
 ) -> Tensor:
-    """log π(y|x) of each completion, (S), summed in float32 over its tokens.
+    """log π(y|x) of each completion, (S) float64, the sum over its tokens' float32.
+
+    What trains is the difference of two such sums, hundreds of nats each: a float32 sum would round
+    it to some 1e-5 of a nat.
 
     Args:
         model: the language model whose head predicts.
@@ -69,7 +72,8 @@ def completion_log_probs(
         bias=getattr(head, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    return each.new_zeros(len(batch.completion_lengths)).index_add(0, owners, each)
+    sums = each.new_zeros(len(batch.completion_lengths), dtype=torch.float64)
+    return sums.index_add(0, owners, each.double())
 
 
 class Policy(nn.Module):
@@ -142,7 +146,7 @@ class Reference:
 
     @torch.no_grad()
     def log_probs(self, batch: PreferenceBatch) -> Tensor:
-        """(S) float32 sums in nats."""
+        """(S) float64 sums in nats."""
         with self._active() as model:
             hidden = hidden_states(causal_lm(model).get_decoder(), batch)
             return completion_log_probs(model, hidden, batch)

@@ -27,12 +27,12 @@ class PrecomputedReference(Reference):
         self._values = dict(zip(pairs, values.tolist(), strict=True))
 
     def log_probs(self, batch: PreferenceBatch) -> Tensor:
-        """(S) float32 sums in nats."""
+        """(S) float64 sums in nats."""
         rows = batch.group_rows[batch.completion_groups].tolist()
         found = [
             self._values[pair] for pair in zip(rows, batch.completion_keys.tolist(), strict=True)
         ]
-        return torch.tensor(found, dtype=torch.float32, device=batch.input_ids.device)
+        return torch.tensor(found, dtype=torch.float64, device=batch.input_ids.device)
 
 
 def precompute(
@@ -63,7 +63,7 @@ def precompute(
         return PrecomputedReference(rows, keys, stored)
     parts = []
     for start in range(0, len(groups), batch_size):
-        parts.append(log_probs(groups[start : start + batch_size]).float().cpu())
+        parts.append(log_probs(groups[start : start + batch_size]).cpu())
         progress(min(start + batch_size, len(groups)), len(groups))
     values = torch.cat(parts)
     with whole(path) as temporary:

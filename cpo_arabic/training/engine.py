@@ -29,7 +29,8 @@ class MicroBatch:
     chosen: Tensor  # (G) the chosen completion of each group
     groups: int
     chosen_tokens: int
-    tokens: int  # prompt and completion tokens of its rows, padding included
+    tokens: int  # prompt and completion tokens of its rows
+    positions: int  # the same and padding
 
 
 @dataclass
@@ -67,7 +68,12 @@ def group_table(completion_groups: Tensor) -> Tensor:
 
 
 def prepare(batch: PreferenceBatch, device: torch.device) -> MicroBatch:
-    """Derives the tables on the host and moves everything to the device."""
+    """Derives the tables on the host and moves everything to the device, without waiting."""
+
+    def sent(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
     table = group_table(batch.completion_groups)
     chosen = table[:, 0]
     groups = torch.arange(len(chosen))
@@ -75,13 +81,14 @@ def prepare(batch: PreferenceBatch, device: torch.device) -> MicroBatch:
     keys = key_labels(batch.completion_groups, batch.prompt_keys, batch.completion_keys)
     return MicroBatch(
         batch=batch.to(device, non_blocking=True),
-        table=table.to(device),
-        query_labels=queries.to(device),
-        key_labels=keys.to(device),
-        chosen=chosen.to(device),
+        table=sent(table),
+        query_labels=sent(queries),
+        key_labels=sent(keys),
+        chosen=sent(chosen),
         groups=len(chosen),
         chosen_tokens=int(batch.completion_lengths[chosen].sum()),
-        tokens=batch.input_ids.numel(),
+        tokens=batch.tokens,
+        positions=batch.input_ids.numel(),
     )
 
 

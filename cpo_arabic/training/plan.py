@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
@@ -68,6 +69,10 @@ class Share:
     batches: list[PreferenceBatch]
     rows: list[list[int]]
     counted: bool
+
+    def pin_memory(self) -> Share:
+        """In page-locked memory, from where copies to the GPU overlap with its work."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 def rank_share(
@@ -142,5 +147,9 @@ class WindowLoader:
             self.source, windows, self.collate, epoch, self.rank, self.schedule.world_size
         )
         yield from DataLoader(
-            dataset, batch_size=None, num_workers=self.workers, worker_init_fn=_apart
+            dataset,
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=_apart,
+            pin_memory=torch.cuda.is_available(),
         )

@@ -43,6 +43,8 @@ def accumulate(engine: Engine, share: Share, step: int) -> tuple[MetricSums, Key
     seeds = [_seed(engine, step, index) for index in range(len(micro))]
     bank, first = build_bank(engine, micro, seeds, normalisers, share.counted, sums)
     for index, mb in enumerate(micro):
+        tokens = torch.full((), float(mb.tokens), device=engine.accelerator.device)
+        sums.add("fill_ratio", tokens, mb.positions)
         last = index == len(micro) - 1
         with nullcontext() if last else engine.accelerator.no_sync(engine.policy):
             output = first if first is not None else engine.policy(

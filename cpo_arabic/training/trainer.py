@@ -221,7 +221,7 @@ class Trainer:
             self._skip(share, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._window_tokens += sum(b.input_ids.numel() for b in share.batches)
+        self._window_tokens += sum(batch.tokens for batch in share.batches)
         record = self._log(sums, norm, rate) if self._due(settings.logging_steps) else None
         if engine.accelerator.is_main_process:
             self.observer.stepped(self.step, record)

@@ -175,3 +175,19 @@ def _loss(made: Bench) -> float:
     sums, _ = accumulate(made.engine, made.share(ROWS), step=0)
     means = sums.means()
     return means["preference_loss"] + means["nll_loss"]
+
+
+@pytest.mark.parametrize("padding", ["packed", "longest", "max_length"])
+def test_the_fill_ratio_is_that_of_all_positions_of_the_step(
+    bench: Callable[..., Bench], padding: str
+) -> None:
+    built = bench(f"data.padding={padding}")
+    share = built.share([0, 1, 2], [3, 4])
+    sums, _ = accumulate(built.engine, share, step=0)
+    tokens = 0
+    for row in range(5):
+        group = built.groups.group(row, 0)
+        copies = 1 if padding == "packed" else len(group.completion_ids)
+        tokens += copies * len(group.prompt_ids) + sum(map(len, group.completion_ids))
+    positions = sum(batch.input_ids.numel() for batch in share.batches)
+    assert sums.means()["fill_ratio"] == pytest.approx(tokens / positions)
