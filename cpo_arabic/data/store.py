@@ -7,7 +7,7 @@ memory costs what its rows at hand cost.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+SMALL = ("prompt_key", "easy", "prompt_tokens", "completion_tokens")
+"""What is looked at for all rows at once; a sixtieth of the whole."""
+
 
 def to_batch(rows: Sequence[EncodedRow], places: Sequence[tuple[str, int]]) -> pa.RecordBatch:
     """Lay encoded rows out as one Arrow batch."""
@@ -46,10 +49,21 @@ def to_batch(rows: Sequence[EncodedRow], places: Sequence[tuple[str, int]]) -> p
 
 
 def write_batches(batches: Iterable[pa.RecordBatch], path: Path) -> None:
-    """Write an Arrow file, one batch in memory at a time."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    """Write an Arrow file, one batch in memory at a time, and its small columns beside it."""
+    small = pa.schema([SCHEMA.field(name) for name in SMALL])
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+        pa.OSFile(str(_beside(path)), "wb") as small_sink,
+        pa.ipc.new_file(small_sink, small) as small_writer,
+    ):
         for batch in batches:
             writer.write_batch(batch)
+            small_writer.write_batch(batch.select(list(SMALL)))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".small.arrow")
 
 
 class _Chunk:
@@ -80,27 +94,41 @@ def _item(lists: tuple[Any, Any], index: int) -> list[int]:
 
 
 class TokenStore:
-    """Encoded rows by number."""
+    """Encoded rows by number.
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        batches = [batch for batch in batches if batch.num_rows]
-        self._chunks = [_Chunk(batch) for batch in batches]
-        sizes = [batch.num_rows for batch in batches]
-        self._starts = [0, *np.cumsum(sizes).tolist()]
-        self.prompt_keys = _joined(batches, "prompt_key")
-        self.easy_counts = _joined(batches, "easy")
-        self.prompt_tokens = _joined(batches, "prompt_tokens")
-        self.candidate_counts = (
-            np.concatenate([np.diff(chunk.completions_of) for chunk in self._chunks])
-            if self._chunks
-            else np.zeros(0, np.int64)
+    ``small`` are the batches with what is looked at for all rows (`SMALL`); ``load`` gives a whole
+    batch by its number, once a row of it is wanted.
+    """
+
+    def __init__(
+        self, small: Sequence[pa.RecordBatch], load: Callable[[int], pa.RecordBatch] | None = None
+    ) -> None:
+        self._load = load or small.__getitem__
+        self._chunks: dict[int, _Chunk] = {}
+        self._starts = [0, *np.cumsum([batch.num_rows for batch in small]).tolist()]
+        self._path: Path | None = None
+        self.prompt_keys = _joined([batch["prompt_key"] for batch in small])
+        self.easy_counts = _joined([batch["easy"] for batch in small])
+        self.prompt_tokens = _joined([batch["prompt_tokens"] for batch in small])
+        self.candidate_counts = _joined(
+            [batch["completion_tokens"].value_lengths() for batch in small]
         )
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
-        """Memory-map an Arrow file."""
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-        return cls([file.get_batch(index) for index in range(file.num_record_batches)])
+        """Memory-map an Arrow file. The small columns come from beside it: no page is touched."""
+        with pa.OSFile(str(_beside(path))) as stream:
+            file = pa.ipc.open_file(stream)
+            small = [file.get_batch(index) for index in range(file.num_record_batches)]
+        store = cls(small, pa.ipc.open_file(pa.memory_map(str(path))).get_batch)
+        store._path = path
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the same file; what is in memory is copied."""
+        if self._path is not None:
+            return TokenStore.open, (self._path,)
+        return TokenStore, ([self._load(index) for index in range(len(self._starts) - 1)],)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -109,6 +137,8 @@ class TokenStore:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         index = bisect_right(self._starts, row) - 1
+        if index not in self._chunks:
+            self._chunks[index] = _Chunk(self._load(index))
         return self._chunks[index], row - self._starts[index]
 
     def prompt_ids(self, row: int) -> list[int]:
@@ -149,7 +179,5 @@ class TokenStore:
         return f"{chunk.batch['source'][index].as_py()}:{chunk.batch['line'][index].as_py()}"
 
 
-def _joined(batches: Sequence[pa.RecordBatch], name: str) -> Any:
-    if not batches:
-        return np.zeros(0, np.int64)
-    return np.concatenate([batch[name].to_numpy() for batch in batches])
+def _joined(columns: Sequence[Any]) -> Any:
+    return np.concatenate([np.zeros(0, np.int32), *(column.to_numpy() for column in columns)])

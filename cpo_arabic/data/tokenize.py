@@ -31,15 +31,15 @@ from cpo_arabic.data.encoding import (
 )
 from cpo_arabic.data.negatives import Reference, draw_negatives
 from cpo_arabic.data.pack import TokenizedGroup
-from cpo_arabic.data.records import OnBadRow, PreferenceRecord, SkippedRow
+from cpo_arabic.data.records import OnBadRow, PreferenceRecord, ReadReport, SkippedRow
 from cpo_arabic.data.store import SCHEMA, TokenStore, write_batches
 from cpo_arabic.data.templates import Template, load_template
-from cpo_arabic.data.workers import Encoded, Part, encode_part, start_worker, work_on
+from cpo_arabic.data.workers import Encoded, Part, Place, encode_part, start_worker, work_on
 from cpo_arabic.errors import DataError
 
 __all__ = ["PreferenceDataset", "TokenReport", "tokenize_records"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 BATCH_ROWS = 512
 WORTH_WORKERS = 8192  # rows under which starting processes costs more than it saves
 
@@ -56,11 +56,12 @@ class TokenReport:
     negatives_alike_after_cut: int = 0
     open_seams: int = 0  # a combining mark opens a completion right behind a letter
     refused: list[SkippedRow] = field(default_factory=list)
+    reading: list[str] = field(default_factory=list)  # what reading a stream of rows met
     from_cache: bool = False
 
     def lines(self) -> list[str]:
         """The report in words, a finding a line."""
-        said = [f"{self.rows} rows with {self.completions} completions tokenised"]
+        said = [*self.reading, f"{self.rows} rows with {self.completions} completions tokenised"]
         counts = {
             "prompts truncated to max_prompt_length": self.prompts_truncated,
             f"completions cut ({self.chosen_cut} of them chosen), each without its EOS": (
@@ -189,13 +190,15 @@ def tokenize_records(
     on_bad_row: OnBadRow = "error",
     cache_dir: str | Path | None = None,
     cache_key: str | None = None,
+    reading: ReadReport | None = None,
 ) -> PreferenceDataset:
     """Tokenise records within their budgets.
 
     With ``cache_dir`` the tokens are written there and memory-mapped, under a key of everything
     they depend on: the records, the tokenizer, the template, the lengths and this code's version.
     A stream of records (an iterator) cannot be hashed before it is read: give ``cache_key``, a
-    hash of what it comes from, or it is tokenised anew.
+    hash of what it comes from, or it is tokenised anew; and ``reading``, what is filled while the
+    stream is read, or what was skipped there stays unsaid.
     """
     budgets = Budgets(max_length, max_prompt_length, max_target_length, truncation_mode, truncation)
     if not 0 < max_prompt_length < max_length or max_target_length < 1:
@@ -204,7 +207,7 @@ def tokenize_records(
             f"be above 0, and max_prompt_length below max_length {max_length}."
         )
     written = load_template(template, tokenizer, add_special_tokens=add_special_tokens)
-    work = _Work(written, budgets, tokenizer, num_workers, on_bad_row)
+    work = _Work(written, budgets, tokenizer, num_workers, on_bad_row, reading)
     if cache_dir is None:
         batches = list(work.batches(records))
         return work.dataset(TokenStore(batches))
@@ -222,11 +225,13 @@ class _Work:
         tokenizer: Any,
         num_workers: int,
         on_bad_row: OnBadRow,
+        reading: ReadReport | None,
     ) -> None:
         self.template = template
         self.budgets = budgets
         self.num_workers = num_workers
         self.on_bad_row = on_bad_row
+        self.reading = reading
         self.report = TokenReport()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.description: str | None = backend.to_str() if backend is not None else None
@@ -248,10 +253,12 @@ class _Work:
         many = sum(map(len, first)) >= WORTH_WORKERS
         if self.num_workers > 1 and many and self.description is not None:
             yield from self._in_workers(_chain(first, parts))
-            return
-        encode = self._row_encoder()
-        for part in _chain(first, parts):
-            yield self._account(encode_part(encode, self._rendered(part)))
+        else:
+            encode = self._row_encoder()
+            for part in _chain(first, parts):
+                yield self._account(encode_part(encode, self._rendered(part)))
+        if self.reading is not None:
+            self.report.reading = self.reading.lines()
 
     def _row_encoder(self) -> RowEncoder:
         if self.description is None:
@@ -262,7 +269,11 @@ class _Work:
         return self.budgets, self.template.opening, self.template.tail, self.template.closing
 
     def _rendered(self, part: Sequence[PreferenceRecord]) -> Part:
-        prompts = self.template.render([record.turns for record in part])
+        try:
+            prompts = self.template.render([record.turns for record in part])
+        except DataError:
+            part = [record for record in part if self._renders(record)]
+            prompts = self.template.render([record.turns for record in part])
         rows = [
             RenderedRow(
                 prompt=prompt,
@@ -274,6 +285,15 @@ class _Work:
             for prompt, record in zip(prompts, part, strict=True)
         ]
         return Part(rows, [(record.source, record.line) for record in part])
+
+    def _renders(self, record: PreferenceRecord) -> bool:
+        """Whether the template takes a row; if not, that is refused or skipped."""
+        try:
+            self.template.render([record.turns])
+        except DataError as error:
+            self._refuse((record.source, record.line), str(error).rstrip("."))
+            return False
+        return True
 
     def _in_workers(self, parts: Iterator[list[PreferenceRecord]]) -> Iterator[pa.RecordBatch]:
         """Keep every worker two parts ahead; give the results in the order of the parts."""
@@ -299,15 +319,18 @@ class _Work:
     def _account(self, encoded: Encoded) -> pa.RecordBatch:
         """Add a part's counts to the report; refuse or skip its bad rows."""
         for place, reason in encoded.refused:
-            if self.on_bad_row == "error":
-                raise DataError(
-                    f"{place[0]}:{place[1]}: {reason}. Or set data.on_bad_row: skip to leave such "
-                    f"rows out."
-                )
-            self.report.refused.append(SkippedRow(*place, reason))
+            self._refuse(place, reason)
         for name, count in encoded.counts.items():
             setattr(self.report, name, getattr(self.report, name) + count)
         return pa.ipc.read_record_batch(pa.py_buffer(encoded.batch), SCHEMA)
+
+    def _refuse(self, place: Place, reason: str) -> None:
+        if self.on_bad_row == "error":
+            raise DataError(
+                f"{place[0]}:{place[1]}: {reason}. Or set data.on_bad_row: skip to leave such rows "
+                f"out."
+            )
+        self.report.refused.append(SkippedRow(*place, reason))
 
     # --- cache
 

@@ -106,8 +106,12 @@ def tokenize(
     tokenizer: Any,
     *,
     cache_key: str | None = None,
+    reading: ReadReport | None = None,
 ) -> PreferenceDataset:
-    """Tokenises rows within the configuration's budgets; a stream of them under ``cache_key``."""
+    """Tokenises rows within the configuration's budgets; a stream of them under ``cache_key``.
+
+    ``reading`` is filled while the stream is read; what it says joins the data set's report.
+    """
     data, cpo = config.data, config.cpo
     return tokenize_records(
         records,
@@ -123,6 +127,7 @@ def tokenize(
         on_bad_row=data.on_bad_row,
         cache_dir=data.cache_dir,
         cache_key=cache_key,
+        reading=reading,
     )
 
 

@@ -183,7 +183,10 @@ def _sentence_transformer(name: str) -> Callable[[Sequence[str]], NDArray[np.flo
             "data.mining_model needs sentence-transformers; install it with "
             "pip install 'cpo-arabic[mining]', or leave mining_model null for the policy's states"
         ) from error
-    model = SentenceTransformer(name)
+    try:
+        model = SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"data.mining_model {name!r} cannot be loaded: {error}") from error
     return lambda texts: np.asarray(
         model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False),
         dtype=np.float32,

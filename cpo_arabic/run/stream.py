@@ -35,13 +35,18 @@ def stream(config: CPOConfig, tokenizer: Any) -> tuple[PreferenceDataset, Prefer
 
 
 def _tokens(config: CPOConfig, tokenizer: Any, source: Any, *, side: str) -> PreferenceDataset:
-    rows = _side(config, source, side)
-    return run_data.tokenize(config, rows, tokenizer, cache_key=_content(config, source, side))
+    reading = ReadReport()
+    rows = _side(config, source, side, reading)
+    return run_data.tokenize(
+        config, rows, tokenizer, cache_key=_content(config, source, side), reading=reading
+    )
 
 
-def _side(config: CPOConfig, source: Any, side: str) -> Iterator[PreferenceRecord]:
+def _side(
+    config: CPOConfig, source: Any, side: str, reading: ReadReport
+) -> Iterator[PreferenceRecord]:
     data, seed = config.data, config.training.seed
-    rows = run_data.iterate(config, source, ReadReport())
+    rows = run_data.iterate(config, source, reading)
     if side == "whole":
         yield from rows
         return

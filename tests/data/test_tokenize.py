@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import random
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from cpo_arabic.data import tokenize as tokenize_module
 from cpo_arabic.data.encoding import TextEncoder, words_stand_alone
-from cpo_arabic.data.records import PreferenceRecord, Turn
+from cpo_arabic.data.records import PreferenceRecord, ReadReport, Turn, iter_records
 from cpo_arabic.data.text import text_key
 from cpo_arabic.data.tokenize import PreferenceDataset, tokenize_records
 from cpo_arabic.errors import DataError
@@ -427,3 +429,54 @@ def test_a_stream_is_tokenised_without_a_list_and_cached_under_the_key_given(
     untouched = tokenise(iter([]), tokenizer, cache_dir=tmp_path, cache_key="k")  # type: ignore[arg-type]
     assert untouched.report.from_cache
     assert len(untouched) == 30
+
+
+def test_an_open_cache_is_mapped_again_and_not_copied_by_another_process(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    records = some_records(700)
+    written = tokenise(records, tokenizer, cache_dir=tmp_path)
+    sent = pickle.dumps(written.store)
+    assert len(sent) < 1000
+    assert same(replace(written, store=pickle.loads(sent)), written)
+    in_memory = tokenise(records, tokenizer)
+    assert same(replace(written, store=pickle.loads(pickle.dumps(in_memory.store))), written)
+
+
+def test_what_reading_a_stream_met_is_said_even_from_the_cache(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = {"prompt": "س", "chosen": "ج", "rejected": "لا", "negatives": ["ج"]}
+    path.write_text(json.dumps(good) + '\n{"prompt": "x"}\n', encoding="utf-8")
+    for _ in range(2):
+        reading = ReadReport()
+        rows = iter_records(str(path), on_bad_row="skip", report=reading)
+        dataset = tokenise(
+            rows,
+            tokenizer,
+            cache_dir=tmp_path / "cache",
+            cache_key="k",
+            reading=reading,  # type: ignore[arg-type]
+        )
+        said = "\n".join(dataset.report.lines())
+        assert "1 bad rows skipped" in said
+        assert f"{path}:2: needs the columns" in said
+        assert "1 negatives equal to the chosen text dropped" in said
+
+
+def test_a_row_that_the_template_refuses_is_named_and_may_be_skipped(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m.content }}\n{% endfor %}",
+        encoding="utf-8",
+    )
+    rows = [record(line=1), record(system="أجب", line=2), record(line=3)]
+    with pytest.raises(DataError, match=r"memory:2: .*no system.*data\.on_bad_row: skip"):
+        tokenise(rows, tokenizer, template=str(template))
+    kept = tokenise(rows, tokenizer, template=str(template), on_bad_row="skip")
+    assert [kept.place(row) for row in range(len(kept))] == ["memory:1", "memory:3"]
+    assert [row.line for row in kept.report.refused] == [2]
