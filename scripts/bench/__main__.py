@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -25,11 +24,41 @@ PARTS: dict[str, ModuleType] = {"step": step, "head": head, "queue": queue, "cos
 RECORDED = ROOT / "docs" / "bench"
 
 
-def settings_of(part: ModuleType, quick: bool, changes: dict[str, int]) -> Any:
-    """A part's settings, with those of the changes that it has."""
-    chosen = part.QUICK if quick else part.Settings()
-    own = {field.name for field in fields(chosen)} & set(changes)
-    return replace(chosen, **{name: type(getattr(chosen, name))(changes[name]) for name in own})
+class Plan(NamedTuple):
+    """What of a part is to be measured."""
+
+    part: str
+    cases: list[str]
+    variants: list[str]
+    settings: Any
+
+    def turns(self, case: str) -> int:
+        """How many turns a case will take."""
+        points = len(self.settings.points(case)) if self.part == "cost" else 1
+        return len(self.variants) * points * (1 + self.settings.repeats)
+
+    def measure(self, case: str, watch: Watch) -> dict[str, Any]:
+        """The case's record; one that fails says so."""
+        try:
+            found: dict[str, Any] = PARTS[self.part].measure(
+                case, self.variants, self.settings, watch
+            )
+        except WorkerError as error:
+            return {"case": case, "note": f"failed: {error}"}
+        return found
+
+
+def planned(
+    part: str, quick: bool, changes: dict[str, int], cases: list[str], variants: list[str]
+) -> Plan:
+    """A part with those of the changes, cases and variants that it has."""
+    module = PARTS[part]
+    settings = module.QUICK if quick else module.Settings()
+    own = {field.name for field in fields(settings)} & set(changes)
+    settings = replace(settings, **{n: type(getattr(settings, n))(changes[n]) for n in own})
+    known = module.variants(settings)
+    wanted = [name for name in known if not variants or name in variants]
+    return Plan(part, cases_of(part, cases), wanted, settings)
 
 
 def cases_of(part: str, wanted: list[str]) -> list[str]:
@@ -47,33 +76,31 @@ def cases_of(part: str, wanted: list[str]) -> list[str]:
         raise typer.BadParameter(str(error)) from error
 
 
-def turns_of(part: str, name: str, variants: list[str], settings: Any) -> int:
-    """How many turns a case will take, for the progress bar."""
-    points = len(settings.points(name)) if part == "cost" else 1
-    return len(variants) * points * (1 + settings.repeats)
+def run(plans: list[Plan], about: dict[str, Any], output: Path, console: Console) -> None:
+    """Measures; a part's file is written anew after each of its cases."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        total = sum(plan.turns(case) for plan in plans for case in plan.cases)
+        bar = progress.add_task("", total=total)
 
+        def watching(where: str) -> Watch:
+            return lambda name: progress.update(bar, advance=1, description=f"{where}: {name}")
 
-def run(
-    part: str,
-    cases: list[str],
-    variants: list[str],
-    settings: Any,
-    about: dict[str, Any],
-    keep: Callable[[dict[str, Any]], None],
-    watch: Callable[[str], Watch],
-) -> dict[str, Any]:
-    """A part's record, given to ``keep`` after every case; a case that fails says so."""
-    record = {**about, "settings": vars(settings), "cases": []}
-    if part == "step":
-        record["unsupported"] = step.unsupported()
-    for name in cases:
-        try:
-            found = PARTS[part].measure(name, variants, settings, watch(f"{part} {name}"))
-        except WorkerError as error:
-            found = {"case": name, "note": f"failed: {error}"}
-        record["cases"].append(found)
-        keep(record)
-    return record
+        for plan in plans:
+            record = {**about, "settings": vars(plan.settings), "cases": []}
+            if plan.part == "step":
+                record["unsupported"] = step.unsupported()
+            for case in plan.cases:
+                found = plan.measure(case, watching(f"{plan.part} {case}"))
+                record["cases"].append(found)
+                text = json.dumps(record, indent=1, ensure_ascii=False)
+                write_whole(output / f"{plan.part}.json", text + "\n")
+                console.print(f"{plan.part} {case}: {found.get('note', 'measured')}")
 
 
 def main(
@@ -94,41 +121,17 @@ def main(
     changes = _changes(change or [], names) | {"threads": threads}
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}  # of workers
     torch.set_num_threads(threads)
+    plans = [planned(part, quick, changes, case or [], variant or []) for part in names]
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 190)
     about = {
-        "command": command(),
+        "command": " ".join(["python -m scripts.bench", *sys.argv[1:]]),
         "hardware": hardware(threads),
         "matmul_gflops_per_second": matmul_rate() / 1e9,
         "tolerance": TOLERANCE,
     }
     console.print_json(json.dumps(about["hardware"]))
-    plans = []
-    for part in names:
-        settings = settings_of(PARTS[part], quick, changes)
-        known = PARTS[part].variants(settings)
-        chosen = [name for name in known if not variant or name in variant]
-        plans.append((part, cases_of(part, case or []), chosen, settings))
-    total = sum(turns_of(p, name, v, s) for p, cases, v, s in plans for name in cases)
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=total)
-
-        def watch(where: str) -> Watch:
-            return lambda name: progress.update(bar, advance=1, description=f"{where}: {name}")
-
-        for part, cases, chosen, settings in plans:
-
-            def keep(record: dict[str, Any], part: str = part) -> None:
-                text = json.dumps(record, indent=1, ensure_ascii=False)
-                write_whole(output / f"{part}.json", text + "\n")
-
-            run(part, cases, chosen, settings, about, keep, watch)
+    run(plans, about, output, console)
     records = page.read(output)
     picture.draw(records, output)
     write_whole(output / "README.md", page.written(records))
@@ -136,11 +139,6 @@ def main(
     console.print(f"Written to {output}: JSON, pictures, README.md", style="dim")
     if not page.all_agree(records):
         raise typer.Exit(1)
-
-
-def command() -> str:
-    """As it can be given again."""
-    return " ".join(["python -m scripts.bench", *sys.argv[1:]])
 
 
 def _changes(texts: list[str], names: list[str]) -> dict[str, int]:

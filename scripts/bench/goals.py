@@ -39,7 +39,7 @@ GOALS = (
     Goal("TRL, LoRA, k pairs", "P 512, C 64, k 3", "step", "512,64,3,lora", TRL, 7.0),
     Goal("TRL, Arabic rows", "demo, k 1", "step", "demo,1", TRL, 2.0),
     Goal("TRL, Arabic rows, k pairs", "demo, k 3", "step", "demo,3,16", TRL, 2.0),
-    Goal("TRL, Arabic rows", "WMT24++, k 1", "step", "wmt24pp,1", TRL, 2.0),
+    Goal("TRL, Arabic rows", "WMT24++, k 1", "step", "wmt24pp,1,16", TRL, 2.0),
     Goal("Liger fused CPO, compiled", "trained head", "head", "trained", LIGER, 1.4, memory=0.5),
     Goal("Liger fused CPO, compiled", "frozen head", "head", "frozen", LIGER, 1.4, memory=0.5),
     Goal("CCE, torch_compile", "trained head", "head", "trained", CCE, 1.0, memory=0.7),

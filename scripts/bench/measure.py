@@ -217,6 +217,7 @@ def figures(turns: list[dict[str, Any]], true_loss: float, *, exact: bool = True
             name: statistics.median(turn[name] for turn in timed)
             for name in ("wall_seconds", "cpu_seconds")
         },
+        "warmup_wall_seconds": checked["wall_seconds"],
         "peak_mib": max(peaks) if peaks else None,
         "all_wall_seconds": [turn["wall_seconds"] for turn in timed],
         "all_cpu_seconds": [turn["cpu_seconds"] for turn in timed],

@@ -21,7 +21,7 @@ negatives.
 - **case** `P,C,k`: one prompt of P random tokens, k + 1 completions of C, a random Qwen2 (hidden
   {hidden}, {layers} layers, vocabulary {vocab}). `demo,k,G`: G (32) rows of
   `demo/data/train.jsonl` with the first k negatives written for each, and the demo's model.
-  `wmt24pp,1`: 32 WMT24++ pairs (English source; Arabic post-edit, and the translation before it),
+  `wmt24pp,1,G`: G WMT24++ pairs (English source; Arabic post-edit, and the translation before it),
   with the demo's model. `lora`: an adapter of rank 16 on every linear layer but the head; all
   else, the head included, is frozen.
 - **tokens**: those of the data set's rows, each prompt and each completion once, no padding. The
