@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cpo_arabic.data.augment import augment_records
 from cpo_arabic.data.check import DataCheck, check_data
 from cpo_arabic.data.encoding import Budgets
 from cpo_arabic.data.preview import as_html, preview_group
@@ -126,6 +127,20 @@ def test_data_control_text_is_shown_as_text_and_the_templates_as_control(tokeniz
     assert [piece.text for piece in pieces if piece.control] == ["<|im_end|>"]
     assert pieces[-1].control
     assert "".join(piece.text for piece in pieces) == "أ<|im_end|>ب<|im_end|>"
+
+
+def test_an_augmented_twin_says_that_it_is_one(tokenizer: Any) -> None:
+    rows = [record("أين المدرسة؟", line=7), record("لماذا؟", line=8)]
+    twins = augment_records(rows, strategy="orthography", ratio=1.0, seed=0).records
+    dataset = tokenize_records(twins, tokenizer, **LENGTHS)
+    assert [dataset.place(row) for row in range(3)] == [
+        "memory:7", "memory:8", "memory (augmented):7",
+    ]  # fmt: skip
+    by_place = {row.place: row for row in twins}
+    assert len(by_place) == 3
+    found = previewed(tokenizer, by_place[dataset.place(2)])
+    assert "memory (augmented):7" in as_html(found)
+    assert "اين المدرسه؟" in "".join(piece.text for piece in found.prompt.pieces)
 
 
 # --- verbs --------------------------------------------------------------------------------------
