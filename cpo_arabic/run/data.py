@@ -21,6 +21,7 @@ from cpo_arabic.data.records import (
     read_records,
     split_records,
 )
+from cpo_arabic.data.sources import open_source
 from cpo_arabic.data.tokenize import PreferenceDataset, tokenize_records
 from cpo_arabic.errors import DataError
 
@@ -239,15 +240,17 @@ def train_source(config: CPOConfig) -> Any:
 def validation_file(config: CPOConfig) -> str | None:
     """The held-out file; the documented default path counts only where it exists."""
     path = config.data.validation_file
-    if path is None:
+    if path is None or Path(path).exists():
+        return path
+    if not config.is_set("data.validation_file"):
         return None
-    if not Path(path).exists():
-        if config.is_set("data.validation_file"):
-            raise DataError(
-                f"data.validation_file: {path} does not exist; correct the path, or write null to "
-                "split the training rows by data.validation_split_percentage"
-            )
-        return None
+    try:
+        open_source(path)  # a pattern, or a hub's name
+    except DataError as error:
+        raise DataError(
+            f"data.validation_file: {error} Correct it, or write null to split the training rows "
+            "by data.validation_split_percentage"
+        ) from None
     return path
 
 

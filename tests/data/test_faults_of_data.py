@@ -190,3 +190,20 @@ def test_30_where_pad_is_eos_the_last_token_trains_in_every_layout(
     targets = [part.tolist() for part in batch.token_targets.split(lengths)]
     assert targets == expected
     assert all(ids[-1] == tokenizer.eos_token_id for ids in targets)
+
+
+def test_held_out_rows_may_be_a_pattern_and_a_missing_file_is_named(
+    command: Command, tmp_path: Path
+) -> None:
+    for number in range(3):
+        (tmp_path / f"held-{number}.jsonl").write_bytes(changed(prompt=f"سؤال آخر {number}"))
+    rows = b"\n".join(GOOD)
+    pattern = f"data.validation_file={tmp_path}/held-*.jsonl"
+    status, shown = command(["data", "check"], "rows.jsonl", rows, pattern)
+    assert status == 0
+    assert "held out: 3 rows from 3 source" in shown
+    missing = f"data.validation_file={tmp_path}/held-7.jsonl"
+    status, shown = command(["data", "check"], "rows.jsonl", rows, missing)
+    assert status == 2
+    for words in ("data.validation_file", "no such file", "Did you mean", "write null to split"):
+        assert words in shown
