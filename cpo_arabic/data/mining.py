@@ -92,7 +92,7 @@ def search_semantic(
 
 
 def nearest_search() -> Search:
-    """The fastest exact search at hand: FAISS where it is installed, else numpy by blocks."""
+    """FAISS's exact search where it is installed, else numpy's by blocks: they find the same."""
     try:
         from faiss import METRIC_INNER_PRODUCT, knn
     except ImportError:
