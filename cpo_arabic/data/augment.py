@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -105,13 +106,9 @@ def augment_records(
     wanted, rewrite = round(ratio * len(records)), _rewriter(strategy, records, paraphrase)
     twins: list[PreferenceRecord] = []
     unchanged = 0
-    for start in range(0, len(order), 64):
-        if len(twins) >= wanted:
-            break
-        part = [records[row] for row in order[start : start + 64]]
+    rows = iter(order)
+    while part := [records[row] for row in islice(rows, min(64, wanted - len(twins)))]:
         for record, text in zip(part, rewrite([_last(r) for r in part]), strict=True):
-            if len(twins) >= wanted:
-                break
             if not text.strip() or canonical(text) == canonical(_last(record)):
                 unchanged += 1
                 continue
