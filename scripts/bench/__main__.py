@@ -16,11 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cpo_arabic.files import write_whole
-from scripts.bench import cost, head, page, picture, queue, step, table
+from scripts.bench import cost, head, page, picture, profile, queue, step, table
 from scripts.bench.cases import ROOT, Case
 from scripts.bench.measure import TOLERANCE, Watch, WorkerError, hardware, matmul_rate
 
-PARTS: dict[str, ModuleType] = {"step": step, "head": head, "queue": queue, "cost": cost}
+PARTS: dict[str, ModuleType] = {
+    "step": step,
+    "profile": profile,
+    "head": head,
+    "queue": queue,
+    "cost": cost,
+}
+SILENCE = {"TRL_EXPERIMENTAL_SILENCE": "1", "KINETO_LOG_LEVEL": "99"}
 RECORDED = ROOT / "docs" / "bench"
 
 
@@ -68,7 +75,7 @@ def cases_of(part: str, wanted: list[str]) -> list[str]:
         BadParameter: one that no part has.
     """
     fixed = {case for each in (head, queue, cost) for case in each.CASES}
-    if part != "step" or not wanted:
+    if part not in ("step", "profile") or not wanted:
         return [case for case in PARTS[part].CASES if case in wanted or not wanted]
     try:
         return [Case.parse(name).name for name in wanted if name not in fixed]
@@ -104,7 +111,9 @@ def run(plans: list[Plan], about: dict[str, Any], output: Path, console: Console
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help="step, head, queue, cost; all")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="step, profile, head, queue, cost; all")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="smaller shapes, fewer repeats")] = False,
     output: Annotated[Path, typer.Option(help="folder of the records")] = RECORDED,
     case: Annotated[list[str] | None, typer.Option(help="only these")] = None,
@@ -119,7 +128,7 @@ def main(
     if unknown := set(names) - set(PARTS):
         raise typer.BadParameter(f"{sorted(unknown)} is not among: {', '.join(PARTS)}")
     changes = _changes(change or [], names) | {"threads": threads}
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}  # of workers
+    os.environ |= {"OMP_NUM_THREADS": str(threads), **SILENCE}  # of the processes to come
     torch.set_num_threads(threads)
     plans = [planned(part, quick, changes, case or [], variant or []) for part in names]
     output.mkdir(parents=True, exist_ok=True)

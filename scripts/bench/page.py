@@ -11,7 +11,7 @@ from scripts.bench.goals import TRL, Line, Records, fastest, lines
 from scripts.bench.law import LAYOUTS, Point, laws
 from scripts.bench.table import mark
 
-PARTS = ("step", "head", "queue", "cost", "data", "estimate")
+PARTS = ("step", "profile", "head", "queue", "cost", "data", "estimate")
 STEP_TEXT = """\
 A step is forward, loss, backward and AdamW (fused on both sides) from collated batches, in
 float32, neither side clipping. Both sides compute the published CPO loss (`sigmoid`, beta 0.1,
@@ -36,6 +36,9 @@ negatives.
 TRL_TEXT = """\
 `TRL, defaults` is CPOTrainer as it comes, but for bf16: gradient checkpointing on. The others
 switch it off, and compile the model. What could make it faster and cannot be used here:"""
+PROFILE_TEXT = """\
+One profiled step, before (rows and all logits), with rows and the fused head, and after (trees,
+too); the profiler's own cost is in it."""
 HEAD_TEXT = """\
 −log σ(0.1·(log π chosen − log π rejected)) from hidden states ({tokens} tokens, {dim} features)
 and a head ({head_vocab} × {dim}), forward and backward; {pairs} pairs. `trained`: gradients of
@@ -87,7 +90,14 @@ def all_agree(records: Records) -> bool:
 
 def written(records: Records) -> str:
     """``docs/bench/README.md``."""
-    parts = {"step": _step, "head": _head, "queue": _queue, "cost": _cost, "data": _data}
+    parts = {
+        "step": _step,
+        "profile": _profile,
+        "head": _head,
+        "queue": _queue,
+        "cost": _cost,
+        "data": _data,
+    }
     blocks = [
         "# Ours beside its peers",
         "Written by `make bench` from the JSON files beside it; nothing here is typed by hand.",
@@ -198,6 +208,22 @@ def _step(record: dict[str, Any]) -> list[str]:
         TRL_TEXT,
         "\n".join(missing) or "(TRL is not installed.)",
     ]
+
+
+def _profile(record: dict[str, Any]) -> list[str]:
+    blocks = ["## Where a step's time goes", PROFILE_TEXT]
+    for case in record["cases"]:
+        found = case.get("seconds")
+        if not found:
+            blocks.append(f"`{case['case']}`: {case.get('note', 'not measured')}.")
+            continue
+        rows = [
+            (kind, *(f"{seconds[kind]:.3f}" for seconds in found.values()))
+            for kind in next(iter(found.values()))
+        ]
+        rows.append(("all", *(f"{sum(seconds.values()):.3f}" for seconds in found.values())))
+        blocks.append(_table((f"`{case['case']}`, wall seconds", *found), rows, left=1))
+    return blocks
 
 
 def _head(record: dict[str, Any]) -> list[str]:

@@ -81,7 +81,7 @@ def _step(record: dict[str, Any]) -> Figure:
     speed.set_title("Speed (higher is better; TRL's fastest = 1)")
     memory.set_title("Peak memory over the loaded model (lower is better; TRL's fastest = 1)")
     for axes in (speed, memory):
-        axes.set_xticks(range(len(cases)), [case["case"] for case in cases])
+        axes.set_xticks(range(len(cases)), [case["case"] for case in cases], fontsize=8)
         axes.set_xlabel("case: prompt, completion, negatives; or rows, negatives")
         axes.spines[["top", "right"]].set_visible(False)
     speed.legend(frameon=False, fontsize=8)

@@ -107,27 +107,11 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
     case = replace(case, groups=min(case.groups, settings.most_groups))
     if note := case.missing():
         return {"case": name, "note": note}
-    shape = settings.shape(case)
-    with tempfile.TemporaryDirectory() as folder:
-        truth = Path(folder) / "gradient.safetensors"
-        facts = computed(Job(work_truth, (case, shape, truth)), settings.threads)
-        notes = {
-            each: note
-            for each in wanted
-            if (note := missing("trl" if each in TRL else "", compiled="compiled" in each))
-        }
-        jobs = {
-            each: Job(work_trl, (case, shape, TRL[each], settings.repeats, truth))
-            if each in TRL
-            else Job(work_ours, (case, shape, each, settings, truth))
-            for each in wanted
-            if each not in notes
-        }
-        turns, died = take_turns(jobs, settings.repeats, settings.threads, watch)
+    facts, turns, notes = taken_turns(case, wanted, settings, watch)
     floor = needed_flops(facts) / matmul_rate(case.device, case.dtype)
     element = torch.finfo(case.dtype).bits // 8
     state = 3 * element * facts["trained_parameters"] / MIB
-    found: dict[str, Any] = {each: {"note": note} for each, note in (notes | died).items()}
+    found: dict[str, Any] = {each: {"note": note} for each, note in notes.items()}
     for each, taken in turns.items():
         if len(taken) > 1:
             found[each] = figures(taken, facts["loss"], exact=not case.gpu) | found.get(each, {})
@@ -138,11 +122,44 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
     return {**record, "variants": {each: found[each] for each in wanted if each in found}}
 
 
+def taken_turns(
+    case: Case, wanted: list[str], settings: Settings, watch: Watch, clock: type[Turns] = Turns
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """What the definition says, what each variant's turns cost, and why some have none.
+
+    Raises:
+        WorkerError: the truth could not be computed.
+    """
+    notes = {
+        each: note
+        for each in wanted
+        if (note := missing("trl" if each in TRL else "", compiled="compiled" in each))
+    }
+    shape = settings.shape(case)
+    with tempfile.TemporaryDirectory() as folder:
+        truth = Path(folder) / "gradient.safetensors"
+        facts = computed(Job(work_truth, (case, shape, truth)), settings.threads)
+        common = (case, shape, settings, truth, clock)
+        jobs = {
+            each: Job(work_trl if each in TRL else work_ours, (each, *common))
+            for each in wanted
+            if each not in notes
+        }
+        turns, died = take_turns(jobs, settings.repeats, settings.threads, watch)
+    return facts, turns, notes | died
+
+
 # --- one variant in its own process --------------------------------------------------------------
 
 
 def work_ours(
-    pipe: Any, case: Case, shape: Shape, variant: str, settings: Settings, truth: Path
+    pipe: Any,
+    variant: str,
+    case: Case,
+    shape: Shape,
+    settings: Settings,
+    truth: Path,
+    clock: type[Turns] = Turns,
 ) -> None:
     """Steps as the training loop takes them: accumulate, then AdamW."""
     model = case.model(shape).to(case.device, case.dtype)
@@ -155,7 +172,7 @@ def work_ours(
         row_tokens=settings.row_tokens,
         compiled="compiled" in variant,
     )
-    turns = Turns(pipe, case.device)
+    turns = clock(pipe, case.device)
     error: float | None = None
     for _ in range(1 + settings.repeats):
         turns.begin()
@@ -174,14 +191,20 @@ def work_ours(
 
 
 def work_trl(
-    pipe: Any, case: Case, shape: Shape, chosen: dict[str, Any], repeats: int, truth: Path
+    pipe: Any,
+    variant: str,
+    case: Case,
+    shape: Shape,
+    settings: Settings,
+    truth: Path,
+    clock: type[Turns] = Turns,
 ) -> None:
     """TRL's own loop, asked for its times at the beginning and the end of each step."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    turns = Turns(pipe, case.device)
+    turns = clock(pipe, case.device)
     found: dict[str, Any] = {}
 
     class Watched(CPOTrainer):
@@ -218,7 +241,7 @@ def work_trl(
             cpo_alpha=CPO_ALPHA,
             bf16=case.gpu,
             use_cpu=not case.gpu,
-            max_steps=1 + repeats,
+            max_steps=1 + settings.repeats,
             per_device_train_batch_size=len(features),
             learning_rate=0.0,
             weight_decay=0.0,
@@ -231,7 +254,7 @@ def work_trl(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             seed=shape.seed,
-            **chosen,
+            **TRL[variant],
         )
         trainer = Watched(
             model=model,

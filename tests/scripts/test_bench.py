@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from cpo_arabic.data.pack import TokenizedGroup
-from scripts.bench import cost, goals, head, law, measure, ours, page, queue, step, table
+from scripts.bench import cost, goals, head, law, measure, ours, page, profile, queue, step, table
 from scripts.bench.cases import ROOT, Case, Shape
 
 SHAPE = Shape(hidden=32, layers=1, vocab=100)
@@ -72,7 +72,7 @@ def test_our_step_is_the_definition(tmp_path: Path) -> None:
     case, truth = Case.parse("24,8,3,2"), tmp_path / "truth.safetensors"
     true = Pipe()
     step.work_truth(true, case, SHAPE, truth)
-    step.work_ours(pipe := Pipe(), case, SHAPE, "ours", STEP, truth)
+    step.work_ours(pipe := Pipe(), "ours", case, SHAPE, STEP, truth)
     found = measure.figures(pipe.told, true.told[0]["loss"])
     assert found["agrees"]
     assert found["gradient_error"] < 1e-5
@@ -275,3 +275,12 @@ def test_a_law_is_told_from_the_other() -> None:
     assert found["tree"].worst < 1e-9
     assert found["rows"].r_squared < 0.8
     assert found["rows"].worst > 0.2
+
+
+def test_an_operator_has_the_kind_of_its_name_and_the_rest_is_what_is_left() -> None:
+    times = {"aten::addmm": 2.0, "aten::bmm": 1.0, "aten::expand": 0.5, "aten::exp_": 0.25}
+    found = profile.by_kind(times, 5.0)
+    assert found["matrix products"] == 3.0
+    assert found["copies and look-ups"] == 0.5
+    assert found["softmax and its backward"] == 0.25
+    assert found[profile.REST] == 1.25
