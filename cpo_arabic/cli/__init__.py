@@ -15,6 +15,7 @@ import typer
 from cpo_arabic import __version__
 from cpo_arabic.cli import config as config_verbs
 from cpo_arabic.cli import data as data_verbs
+from cpo_arabic.cli import estimate as estimate_verbs
 from cpo_arabic.cli import train as train_verbs
 from cpo_arabic.cli.options import EXIT_REFUSED
 from cpo_arabic.errors import CPOArabicError
@@ -56,6 +57,7 @@ def _root(
 train_verbs.register(app)
 config_verbs.register(app)
 data_verbs.register(app)
+estimate_verbs.register(app)
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def train(
 
     loaded = load_config(config, overrides or [])
     console = stdout()
-    with _quiet_libraries():
+    with quiet_libraries():
         from cpo_arabic.run.training import train as run
         from cpo_arabic.training.trainer import StopRequest
 
@@ -99,7 +99,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a finished run on its held-out rows (or data.test_file), before against after."""
-    with _quiet_libraries():
+    with quiet_libraries():
         from cpo_arabic.run.evaluation import compare, config_of
         from cpo_arabic.training.observer import SilentObserver
 
@@ -237,7 +237,7 @@ def _stopping_on_signals(stop: StopRequest, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keeps the libraries' own bars and hints off the terminal; their errors still come."""
     import warnings
 

@@ -22,6 +22,7 @@ from cpo_arabic.modeling.legacy_qwen import (
     legacy_settings,
     load_legacy_model,
     load_legacy_tokenizer,
+    qwen2_config,
 )
 
 PROJECTION_FILE = "projection_head.safetensors"
@@ -114,6 +115,40 @@ def load_model(source: ModelSource) -> Any:
         raise
     except (*UNREADABLE, KeyError, ImportError, TypeError) as error:
         raise ModelError(_cannot_load("model", source.name, error)) from error
+
+
+def load_architecture(source: ModelSource) -> Any:
+    """The model's configuration in transformers; first-generation Qwen's is that of a Qwen2.
+
+    Raises:
+        ModelError: it cannot be found, its class is unknown, or its code is not trusted.
+    """
+    options = hub_options(source.init_kwargs or {})
+    try:
+        legacy = legacy_settings(source.name, source.revision, options)
+        if legacy is not None:
+            return qwen2_config(legacy)
+        return AutoConfig.from_pretrained(
+            source.name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **options,
+        )
+    except ModelError:
+        raise
+    except (*UNREADABLE, KeyError, ImportError, TypeError) as error:
+        raise ModelError(_cannot_load("model", source.name, error)) from error
+
+
+def outline(architecture: Any, source: ModelSource) -> Any:
+    """The causal language model that :func:`load_model` would fill, with tensors as torch makes
+    them at the moment: none has storage where the default device is ``meta``."""
+    return AutoModelForCausalLM.from_config(
+        architecture,
+        dtype=source.dtype,
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=source.trust_remote_code,
+    ).train()
 
 
 def _loading_options(

@@ -86,7 +86,12 @@ def build_policy(config: CPOConfig, tokenizer: Any, *, saved: Path | None = None
     use_lora = config.optimization.use_lora
     model = load_model(source_of(config, None if use_lora else saved))
     check_vocabulary(model, tokenizer)
-    if use_lora:
+    return policy_around(config, model, saved=saved)
+
+
+def policy_around(config: CPOConfig, model: Any, *, saved: Path | None = None) -> Policy:
+    """The base model with what the configuration puts in and around it."""
+    if config.optimization.use_lora:
         model = (
             add_lora(model, _lora(config), seed=config.training.seed)
             if saved is None
@@ -147,21 +152,26 @@ def build_reference(config: CPOConfig, policy: Policy, tokenizer: Any) -> Refere
     """The reference in use: named, the adapter switched off, or a frozen copy of the start."""
     if not reference_in_use(config):
         return None
-    name = config.cpo.reference_model_name
-    if name is None and config.optimization.use_lora:
+    source = reference_source(config)
+    if source is None:
         return Reference(policy)
-    source = source_of(config)
-    if name is not None:
-        source = ModelSource(
-            name=name,
-            trust_remote_code=source.trust_remote_code,
-            dtype=source.dtype,
-            attn_implementation=source.attn_implementation,
-            init_kwargs=config.cpo.ref_model_init_kwargs,
-        )
     model = load_model(source)
     check_vocabulary(model, tokenizer)
     return Reference(policy, model)
+
+
+def reference_source(config: CPOConfig) -> ModelSource | None:
+    """How a reference in use is loaded; None where it is the policy without its adapter."""
+    name, source = config.cpo.reference_model_name, source_of(config)
+    if name is None:
+        return None if config.optimization.use_lora else source
+    return ModelSource(
+        name=name,
+        trust_remote_code=source.trust_remote_code,
+        dtype=source.dtype,
+        attn_implementation=source.attn_implementation,
+        init_kwargs=config.cpo.ref_model_init_kwargs,
+    )
 
 
 def objective_of(config: CPOConfig) -> ObjectiveSettings:
