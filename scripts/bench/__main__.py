@@ -36,19 +36,24 @@ class Plan(NamedTuple):
 
     part: str
     cases: list[str]
-    variants: list[str]
+    only: list[str]  # variants; all of a case if empty
     settings: Any
+
+    def variants(self, case: str) -> list[str]:
+        """The case's that are wanted."""
+        known = PARTS[self.part].variants(case, self.settings)
+        return [name for name in known if name in self.only or not self.only]
 
     def turns(self, case: str) -> int:
         """How many turns a case will take."""
         points = len(self.settings.points(case)) if self.part == "cost" else 1
-        return len(self.variants) * points * (1 + self.settings.repeats)
+        return len(self.variants(case)) * points * (1 + self.settings.repeats)
 
     def measure(self, case: str, watch: Watch) -> dict[str, Any]:
         """The case's record; one that fails says so."""
         try:
             found: dict[str, Any] = PARTS[self.part].measure(
-                case, self.variants, self.settings, watch
+                case, self.variants(case), self.settings, watch
             )
         except WorkerError as error:
             return {"case": case, "note": f"failed: {error}"}
@@ -63,9 +68,7 @@ def planned(
     settings = module.QUICK if quick else module.Settings()
     own = {field.name for field in fields(settings)} & set(changes)
     settings = replace(settings, **{n: type(getattr(settings, n))(changes[n]) for n in own})
-    known = module.variants(settings)
-    wanted = [name for name in known if not variants or name in variants]
-    return Plan(part, cases_of(part, cases), wanted, settings)
+    return Plan(part, cases_of(part, cases), variants, settings)
 
 
 def cases_of(part: str, wanted: list[str]) -> list[str]:
@@ -93,7 +96,7 @@ def run(plans: list[Plan], about: dict[str, Any], output: Path, console: Console
     )
     with Progress(*columns, console=console) as progress:
         total = sum(plan.turns(case) for plan in plans for case in plan.cases)
-        bar = progress.add_task("", total=total)
+        bar, ended = progress.add_task("", total=total), 0
 
         def watching(where: str) -> Watch:
             return lambda name: progress.update(bar, advance=1, description=f"{where}: {name}")
@@ -108,6 +111,8 @@ def run(plans: list[Plan], about: dict[str, Any], output: Path, console: Console
                 text = json.dumps(record, indent=1, ensure_ascii=False)
                 write_whole(output / f"{plan.part}.json", text + "\n")
                 console.print(f"{plan.part} {case}: {found.get('note', 'measured')}")
+                ended += plan.turns(case)
+                progress.update(bar, completed=ended)  # turns that a note stands for, too
 
 
 def main(

@@ -55,7 +55,7 @@ class Settings:
 QUICK = Settings(repeats=2, thin=2)
 
 
-def variants(_: Settings) -> list[str]:
+def variants(_case: str, _: Settings) -> list[str]:
     """Both layouts."""
     return list(LAYOUTS)
 

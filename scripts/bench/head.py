@@ -149,9 +149,13 @@ def table(settings: Settings) -> dict[str, Variant]:
     }
 
 
-def variants(settings: Settings) -> list[str]:
-    """All, or those that need no compiler."""
-    return [name for name, v in table(settings).items() if settings.compiled or not v.compiled]
+def variants(case: str, settings: Settings) -> list[str]:
+    """All that the case has, or those of them that need no compiler."""
+    return [
+        name
+        for name, v in table(settings).items()
+        if (settings.compiled or not v.compiled) and (case == "trained" or not v.only_trained)
+    ]
 
 
 def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> dict[str, Any]:
@@ -161,7 +165,6 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
         WorkerError: the truth could not be computed.
     """
     trained, known = name == "trained", table(settings)
-    wanted = [each for each in wanted if trained or not known[each].only_trained]
     notes = {
         each: note
         for each in wanted

@@ -72,7 +72,7 @@ def by_kind(times: dict[str, float], whole: float) -> dict[str, float]:
     return found | {REST: max(whole - sum(found.values()), 0.0)}
 
 
-def variants(_: Settings) -> list[str]:
+def variants(_case: str, _: Settings) -> list[str]:
     """Peers first: before and after."""
     return list(VARIANTS)
 

@@ -140,9 +140,9 @@ def table(case: str) -> dict[str, Variant]:
     }
 
 
-def variants(_: Settings) -> list[str]:
-    """All of both cases."""
-    return list(table("plain") | table("concentration 0.5"))
+def variants(case: str, _: Settings) -> list[str]:
+    """All of the case."""
+    return list(table(case))
 
 
 def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> dict[str, Any]:
@@ -152,7 +152,6 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
         WorkerError: the truth could not be computed.
     """
     known = table(name)
-    wanted = [each for each in wanted if each in known]
     with tempfile.TemporaryDirectory() as folder:
         truth = Path(folder) / "gradient.safetensors"
         loss = computed(Job(work_truth, (settings, name, truth)), settings.threads)

@@ -92,9 +92,15 @@ class Settings:
 QUICK = Settings(hidden=256, layers=3, vocab=8000, most_groups=4, repeats=1, compiled=False)
 
 
-def variants(settings: Settings) -> list[str]:
-    """Those that the settings ask for."""
-    return [name for name in VARIANTS if settings.compiled or "compiled" not in name]
+def variants(name: str, settings: Settings) -> list[str]:
+    """Those of a case that the settings ask for; our other ways only where the rows are plain."""
+    case = Case.parse(name)
+    return [
+        each
+        for each in VARIANTS
+        if (settings.compiled or "compiled" not in each)
+        and not (each.startswith("ours,") and (case.data or case.lora))
+    ]
 
 
 def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> dict[str, Any]:
