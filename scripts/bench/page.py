@@ -11,7 +11,9 @@ from scripts.bench.goals import TRL, Line, Records, fastest, lines
 from scripts.bench.law import LAYOUTS, Point, laws
 from scripts.bench.table import mark
 
-PARTS = ("step", "profile", "head", "queue", "cost", "data", "estimate")
+PEERS = ("step", "head", "queue")
+MEASURED = (*PEERS, "profile", "cost")
+PARTS = (*MEASURED, "data", "estimate")
 STEP_TEXT = """\
 A step is forward, loss, backward and AdamW (fused on both sides) from collated batches, in
 float32, neither side clipping. Both sides compute the published CPO loss (`sigmoid`, beta 0.1,
@@ -56,6 +58,11 @@ A random Qwen2 (hidden {hidden}, {layers} layers) around P {prompt}, C {completi
 G {groups}, vocabulary {vocab}, one thing changed at a time; CPU seconds are medians. Two laws, each
 fitted by least squares to the points in which P, C and K = k + 1 change; the lines over G are what
 these fits predict. R², and the largest relative error at a point:"""
+ESTIMATE_TEXT = """\
+Peak memory of a step over the process before the model was loaded, and its seconds: predicted
+before any weight is read, and then measured (hidden {hidden}, {layers} layers, vocabulary
+{vocabulary}, the demo's rows). The aim is a ratio within {tolerance} of 1; what glibc keeps of
+freed memory comes on top."""
 GOALS_TEXT = """\
 Errors are ours, relative to float64. The last column is the ratio that ours would have if it took
 no longer than its floor: the physical limit."""
@@ -81,8 +88,8 @@ def all_agree(records: Records) -> bool:
     """Ours computed what the definition in float64 says, wherever it was run."""
     return all(
         variant.get("agrees", True)
-        for record in records.values()
-        for case in record.get("cases", [])
+        for part in PEERS
+        for case in records.get(part, {}).get("cases", [])
         for name, variant in case.get("variants", {}).items()
         if name.startswith("ours")
     )
@@ -97,6 +104,7 @@ def written(records: Records) -> str:
         "queue": _queue,
         "cost": _cost,
         "data": _data,
+        "estimate": _estimate,
     }
     blocks = [
         "# Ours beside its peers",
@@ -116,7 +124,7 @@ def written(records: Records) -> str:
 
 def summary(records: Records) -> str:
     """The README's block."""
-    if not any(part in records for part in ("step", "head", "queue")):
+    if not any(part in records for part in PEERS):
         return "No benchmark has been recorded yet."
     found = [
         (each.goal.against, each.goal.what, *_reached(each))
@@ -133,8 +141,8 @@ def _about(records: Records) -> str:
     """Command, hardware and versions of the runs, once where they are the same."""
     texts = [
         f"Measured with `{record['command']}` on {_machine(record['hardware'])}."
-        for record in records.values()
-        if "tolerance" in record
+        for part, record in records.items()
+        if part in MEASURED
     ]
     return "\n".join(dict.fromkeys(texts))
 
@@ -325,6 +333,30 @@ def _data(record: dict[str, Any]) -> list[str]:
             f"{found['peak_mib']:.0f} MiB at the peak."
         )
     return blocks
+
+
+def _estimate(record: dict[str, Any]) -> list[str]:
+    """What ``scripts/bench_estimate.py`` kept."""
+    rows = [
+        (
+            name,
+            f"{c['predicted_mib']:.0f}",
+            f"{c['measured_mib']:.0f}",
+            f"{c['predicted_mib'] / c['measured_mib']:.2f}",
+            f"{c['heap_mib']:.0f}",
+            f"{c['predicted_seconds']:.2f}",
+            f"{c['measured_seconds']:.2f}",
+        )
+        for name, c in record["cases"].items()
+    ]
+    heads = ("case", "predicted MiB", "measured", "ratio", "with glibc's heap")
+    model = record["model"]
+    text = ESTIMATE_TEXT.format(**model, tolerance=f"{record['tolerance']:.0%}")
+    return [
+        "## What `cpo-arabic estimate` predicts",
+        f"{text}\nMeasured with `{record['command']}` on {_machine(record['hardware'])}.",
+        _table((*heads, "predicted s", "CPU s"), rows, left=1),
+    ]
 
 
 def _mib(value: float | None) -> str:

@@ -284,3 +284,26 @@ def test_an_operator_has_the_kind_of_its_name_and_the_rest_is_what_is_left() -> 
     assert found["copies and look-ups"] == 0.5
     assert found["softmax and its backward"] == 0.25
     assert found[profile.REST] == 1.25
+
+
+def test_the_page_takes_in_what_the_other_benchmarks_kept() -> None:
+    hardware = {"processor": "p", "cores": 2, "python": "3"}
+    speeds = {"1": {"ours": [90.0, 110.0, 100.0], "trl": [20.0], "ratio": 5.0}}
+    data = {
+        "command": "d", "hardware": hardware, "versions": {"trl": "1"},
+        "preparation": {"rows": 10, "bytes": 1000, "rows_a_second_by_workers": speeds},
+    }  # fmt: skip
+    case = {
+        "predicted_mib": 90.0, "measured_mib": 100.0, "heap_mib": 110.0,
+        "predicted_seconds": 1.0, "measured_seconds": 2.0,
+    }  # fmt: skip
+    model = {"hidden": 8, "layers": 1, "vocabulary": 9}
+    estimate = {
+        "command": "e", "hardware": hardware, "model": model, "tolerance": 0.15,
+        "cases": {"full": case},
+    }  # fmt: skip
+    records = {**recorded(ours=variant(1.0)), "data": data, "estimate": estimate}
+    text = page.written(records)
+    assert "| 1 | 100 | 20 | 5.0× |" in text
+    assert "| full | 90 | 100 | 0.90 | 110 | 1.00 | 2.00 |" in text
+    assert page.all_agree(records)
