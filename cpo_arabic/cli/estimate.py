@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from cpo_arabic.run.workload import Shape
 
 MIB = 2**20
+HEAP = (
+    "This is what tensors hold. The C library's heap may keep more, most of all under gradient "
+    "checkpointing; MALLOC_MMAP_THRESHOLD_=4194304 THP_MEM_ALLOC_ENABLE=1 before the command "
+    "makes it give that back, for some time."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -124,6 +129,8 @@ def _show_verdict(report: Report) -> None:
         line = f"It does not fit: {_bytes(machine.free)} are free ({machine.device})."
         style = "bold red"
     stdout().print(Text(line, style=style))
+    if machine.kind == "cpu":
+        stdout().print(Text(HEAP, style="dim"))
 
 
 def _change(lever: Lever, between: str = ", ") -> str:
