@@ -140,6 +140,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 190)
     about = {
         "command": " ".join(["python -m scripts.bench", *sys.argv[1:]]),
+        "quick": quick,
         "hardware": hardware(threads),
         "matmul_gflops_per_second": matmul_rate() / 1e9,
         "tolerance": TOLERANCE,

@@ -86,6 +86,11 @@ Records = dict[str, dict[str, Any]]
 """Part → its JSON file."""
 
 
+def is_quick(records: Records) -> bool:
+    """Some of it was measured on smaller shapes than those that the goals are for."""
+    return any(record.get("quick", False) for record in records.values())
+
+
 def lines(records: Records) -> list[Line]:
     """Every goal beside what was reached."""
     return [line(goal, case_of(records, goal.part, goal.case)) for goal in GOALS]

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scripts.bench.goals import TRL, Line, Records, fastest, lines
+from scripts.bench.goals import TRL, Line, Records, fastest, is_quick, lines
 from scripts.bench.law import LAYOUTS, Point, laws
 from scripts.bench.table import mark
 
@@ -110,6 +110,7 @@ def written(records: Records) -> str:
         "# Ours beside its peers",
         "Written by `make bench` from the JSON files beside it; nothing here is typed by hand.",
         _about(records),
+        *(["**A quick look, on smaller shapes than the goals'.**"] if is_quick(records) else []),
         "## Goals",
         _goals(lines(records)),
         *(

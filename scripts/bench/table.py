@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts.bench.goals import GOALS, Goal, Line, Records, case_of, line
+from scripts.bench.goals import GOALS, Goal, Line, Records, case_of, is_quick, line
 from scripts.bench.law import LAYOUTS, laws
 
 COLUMNS = (
@@ -18,7 +18,8 @@ COLUMNS = (
 
 def show(records: Records, console: Console) -> None:
     """Print it; a row per variant, a goal in the row of the peer that it names."""
-    table = Table(title="Ours beside its peers", show_lines=False)
+    quick = " (a quick look, on smaller shapes than the goals')" if is_quick(records) else ""
+    table = Table(title=f"Ours beside its peers{quick}")
     table.add_column("case")
     table.add_column("variant", no_wrap=True)
     for column in COLUMNS:

@@ -252,6 +252,13 @@ def test_what_was_not_measured_has_a_note_and_no_figure() -> None:
     assert page.summary({}) == "No benchmark has been recorded yet."
 
 
+def test_a_quick_look_says_that_it_is_one() -> None:
+    records = recorded(ours=variant(1.0), fast=variant(4.0))
+    assert "quick look" not in shown(records) + page.written(records)
+    records["step"]["quick"] = True
+    assert "quick look" in shown(records) and "quick look" in page.written(records)
+
+
 def test_only_our_own_disagreement_is_a_failure() -> None:
     wrong = variant(1.0) | {"agrees": False}
     assert page.all_agree(recorded(ours=variant(1.0), slow=wrong))
