@@ -195,27 +195,27 @@ def measured(model: Path, overrides: list[str], allocator: dict[str, str]) -> di
     return found
 
 
-def predicted(model: Path, overrides: list[str]) -> Any:
+def predicted(model: Path, overrides: list[str]) -> dict[str, Any]:
     """What the estimate says, without levers."""
     from cpo_arabic.run.estimate import estimate_alone
 
+    started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return estimate_alone(configured(model, overrides, Path("unused")))
+        found = estimate_alone(configured(model, overrides, Path("unused")))
+    return {
+        "predicted_mib": found.peak / MIB,
+        "predicted_seconds": found.step_seconds,
+        "items_mib": {name: size / MIB for name, size in found.items.items()},
+        "peak_at": found.moment,
+        "took_seconds": time.perf_counter() - started,
+    }
 
 
 def compare(model: Path, overrides: list[str], *, heap: bool) -> dict[str, Any]:
     """One case: predicted and measured."""
-    started = time.perf_counter()
-    guess = predicted(model, overrides)
-    found: dict[str, Any] = {
-        "predicted_mib": guess.peak / MIB,
-        "predicted_seconds": guess.step_seconds,
-        "items_mib": {name: size / MIB for name, size in guess.items.items()},
-        "peak_at": guess.moment,
-        "took_seconds": time.perf_counter() - started,
-        "measured_mib": measured(model, overrides, GIVEN_BACK)["peak"],
-    }
+    found = predicted(model, overrides)
+    found["measured_mib"] = measured(model, overrides, GIVEN_BACK)["peak"]
     if heap:
         plain = measured(model, overrides, {})
         found |= {"heap_mib": plain["peak"], "measured_seconds": plain["seconds"]}
