@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from cpo_arabic.config.base import Follows, Section
+from cpo_arabic.config.base import Section
 from cpo_arabic.config.kinds import Column, Name, PathText, Weight
 
 Padding = Literal["max_length", "longest", "packed"]
@@ -84,10 +84,8 @@ class CPODataConfig(Section):
     """Whether rows over their budget are cut; false refuses them."""
     padding: Padding = "max_length"
     """Shape of a batch: pad to max_length, to the longest row, or pack groups into full rows."""
-    max_tokens_per_row: Annotated[int | None, Field(ge=4, le=2**24), Follows("cpo.max_length")] = (
-        None
-    )
-    """Token budget of one packed row; null follows cpo.max_length."""
+    max_tokens_per_row: Annotated[int | None, Field(ge=4, le=2**24)] = None
+    """Token budget of one packed row; null packs a batch into one row, without padding."""
 
     sanity_check: bool = False
     """Whether a few steps on a copy must succeed before the run starts."""

@@ -48,7 +48,6 @@ def _numbers(sections: Mapping[str, Section]) -> dict[str, int]:
         "cpo.max_length": longest,
         "cpo.max_prompt_length": prompt,
         "cpo.max_target_length": given("cpo.max_target_length", longest - prompt),
-        "data.max_tokens_per_row": given("data.max_tokens_per_row", longest),
         "optimization.lora_alpha": given("optimization.lora_alpha", 2 * rank),
         "training.eval_batch_size": given("training.eval_batch_size", batch),
     }

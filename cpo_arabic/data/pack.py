@@ -105,13 +105,14 @@ def collate(
     padding: Padding,
     pad_id: int,
     max_length: int,
-    max_tokens_per_row: int,
+    max_tokens_per_row: int | None,
 ) -> PreferenceBatch:
     """Lay the groups out in rows; they keep their order in every numbering, whatever row they get.
 
     ``max_length`` is the row length of ``padding="max_length"``, ``max_tokens_per_row`` the budget
-    of a packed row (see :func:`pack_rows`); each is unused by the other layouts. In the layouts
-    with one completion a row, ``prompt_ends`` points into the chosen completion's row.
+    of a packed row (see :func:`pack_rows`; None: one row takes all, and has no padding); each is
+    unused by the other layouts. In the layouts with one completion a row, ``prompt_ends`` points
+    into the chosen completion's row.
     """
     _refuse_empty(groups)
     if padding == "packed":
@@ -240,11 +241,11 @@ def _places_in_rows(groups: Sequence[TokenizedGroup], length: int | None) -> _Pl
     )
 
 
-def _places_in_trees(groups: Sequence[TokenizedGroup], budget: int) -> _Places:
+def _places_in_trees(groups: Sequence[TokenizedGroup], budget: int | None) -> _Places:
     """Every group once, as a tree, several trees to a row."""
     branches = [tuple(map(len, group.completion_ids)) for group in groups]
     sizes = [len(g.prompt_ids) + sum(b) for g, b in zip(groups, branches, strict=True)]
-    rows = pack_rows(sizes, budget)
+    rows = [list(range(len(groups)))] if budget is None else pack_rows(sizes, budget)
     width = max(sum(sizes[g] for g in row) for row in rows)
 
     trees: dict[int, Tree] = {}

@@ -155,7 +155,7 @@ def collation(
         padding=config.data.padding,
         pad_id=tokenizer.eos_token_id if pad is None else pad,
         max_length=config.cpo.max_length,
-        max_tokens_per_row=config.data.max_tokens_per_row or config.cpo.max_length,
+        max_tokens_per_row=config.data.max_tokens_per_row,
     )
 
 

@@ -120,7 +120,7 @@ def shaped(config: CPOConfig, shape: Shape) -> Workload:
             padding=config.data.padding,
             pad_id=0,
             max_length=limit,
-            max_tokens_per_row=config.data.max_tokens_per_row or limit,
+            max_tokens_per_row=config.data.max_tokens_per_row,
         )
 
     batch = lay_out(training.batch_size)

@@ -24,7 +24,6 @@ from scripts.bench.ours import OurStep, pairwise_cpo
 
 PADDING: tuple[Padding, ...] = ("packed", "longest")
 CASES = (*TOKEN_CASES, "vocab", "queue")
-ROW_TOKENS = 2048
 
 
 VALUES = {
@@ -113,6 +112,5 @@ def our_step(point: Point, padding: Padding, settings: Settings) -> OurStep:
         pairwise_cpo(0.1, 1.0, contrastive_weight=float(point.queue > 0)),
         padding=padding,
         pad_id=0,
-        row_tokens=ROW_TOKENS,
         queue=queue,
     )

@@ -45,7 +45,6 @@ class OurStep:
         objective: what is computed.
         padding: packed trees, or a row per completion.
         pad_id: token of the padding.
-        row_tokens: budget of a packed row, limit of a row per completion.
         compiled: ``torch.compile`` the decoder.
         queue: earlier keys of the contrastive term.
     """
@@ -58,7 +57,6 @@ class OurStep:
         *,
         padding: Padding,
         pad_id: int,
-        row_tokens: int,
         compiled: bool = False,
         queue: EmbeddingQueue | None = None,
     ) -> None:
@@ -66,8 +64,8 @@ class OurStep:
             groups,
             padding=padding,
             pad_id=pad_id,
-            max_length=row_tokens,
-            max_tokens_per_row=row_tokens,
+            max_length=0,  # of a layout that is not measured
+            max_tokens_per_row=None,
         )
         self._share = Share([self.batch], rows=[[group.row for group in groups]], counted=True)
         policy = Policy(model, None, EmbeddingSettings(dropout=0.0, normalize=True))

@@ -77,7 +77,6 @@ class Settings:
     hidden: int = 512
     layers: int = 6
     vocab: int = 32_000
-    row_tokens: int = 1024
     most_groups: int = 32
     repeats: int = 3
     threads: int = 1
@@ -175,7 +174,6 @@ def work_ours(
         OBJECTIVE,
         padding=OURS[variant],
         pad_id=case.tokenizer().pad_token_id,
-        row_tokens=settings.row_tokens,
         compiled="compiled" in variant,
     )
     turns = clock(pipe, case.device)

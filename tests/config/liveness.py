@@ -153,7 +153,7 @@ PROOFS: tuple[Proof, ...] = (
     Proof("data.add_special_tokens", False, "the first and last token ids", "batches"),
     Proof("data.truncation", False, "whether a long row is cut or refused", "outcome"),
     Proof("data.padding", "longest", "the shape of batches", "batches"),
-    Proof("data.max_tokens_per_row", 1024, "the width of packed rows", "batches"),
+    Proof("data.max_tokens_per_row", 128, "the width of packed rows", "batches"),
     Proof("data.sanity_check", True, "a trial before training", "trial"),
     Proof("data.sanity_check_size", 3, "the rows of the trial", "trial",
           {"data.sanity_check": True}),

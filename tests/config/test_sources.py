@@ -266,7 +266,6 @@ def test_unset_values_that_follow_others_are_numbers_with_their_formula(tmp_path
     loaded = load(tmp_path, "model: {max_length: 600}\ncpo: {max_prompt_length: 400}\n")
     config, origins = loaded.config, loaded.provenance
     assert (config.cpo.max_length, config.cpo.max_target_length) == (600, 200)
-    assert config.data.max_tokens_per_row == 600
     assert config.optimization.lora_alpha == 32
     assert config.training.eval_batch_size == 4
     assert str(origins["cpo.max_length"]) == "follows model.max_length"

@@ -20,7 +20,7 @@ from scripts.bench import cost, goals, head, law, measure, ours, page, profile, 
 from scripts.bench.cases import ROOT, Case, Shape
 
 SHAPE = Shape(hidden=32, layers=1, vocab=100)
-STEP = step.Settings(hidden=32, layers=1, vocab=100, row_tokens=256, repeats=1, compiled=False)
+STEP = step.Settings(hidden=32, layers=1, vocab=100, repeats=1, compiled=False)
 
 
 class Pipe:
@@ -42,7 +42,7 @@ class Pipe:
 @pytest.mark.slow
 def test_ours_and_trl_agree_and_all_that_was_promised_is_written(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    changes = ["hidden=32", "layers=1", "vocab=100", "row_tokens=256", "repeats=1", "compiled=0"]
+    changes = ["hidden=32", "layers=1", "vocab=100", "repeats=1", "compiled=0"]
     cases = ["24,8,3,2", "~24,8,1,2,lora", "demo,1,3", "8,8,1,gpu"]
     command = [sys.executable, "-m", "scripts.bench", "step", f"--output={tmp_path}"]
     command += [f"--set={change}" for change in changes] + [f"--case={case}" for case in cases]
@@ -79,7 +79,7 @@ def test_our_step_is_the_definition(tmp_path: Path) -> None:
     model = case.model(SHAPE)
     wrong = ours.OurStep(
         model, case.draw(SHAPE), ours.pairwise_cpo(0.11, 1.0),
-        padding="packed", pad_id=0, row_tokens=256,
+        padding="packed", pad_id=0,
     )  # fmt: skip
     wrong.accumulate()
     assert step.gradient_error(model, truth) > 10 * measure.TOLERANCE["gradient"]
