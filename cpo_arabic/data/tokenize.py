@@ -41,7 +41,7 @@ __all__ = ["PreferenceDataset", "TokenReport", "tokenize_records"]
 
 CACHE_VERSION = 2
 BATCH_ROWS = 512
-WORTH_WORKERS = 8192  # rows under which starting processes costs more than it saves
+WORTH_WORKERS = 16_384  # rows under which starting processes costs more than it saves
 
 
 @dataclass
