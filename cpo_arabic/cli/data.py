@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,6 +212,8 @@ def run_preview(config: CPOConfig, *, row: int, split: str, epoch: int) -> Previ
     tokenizer = tokenizer_of(config)
     if not splits[split]:
         raise DataError(f"the split {split} has no row.")
+    if split == "train":
+        splits[split] = _enriched(config, records.train)
     dataset = run_data.tokenize(config, splits[split], tokenizer)
     if row >= len(dataset):
         raise DataError(f"--row {row}: {split} has {len(dataset)} rows, numbered from 0.")
@@ -242,6 +245,17 @@ def run_preview(config: CPOConfig, *, row: int, split: str, epoch: int) -> Previ
         data.truncation,
     )
     return preview_group(record, drawn, tokenizer, template, budgets)
+
+
+def _enriched(config: CPOConfig, rows: list[PreferenceRecord]) -> list[PreferenceRecord]:
+    """The rows with mined negatives and twins; what was mined stays in data.cache_dir alone."""
+    from cpo_arabic.run.enrich import enrich
+    from cpo_arabic.training.observer import SilentObserver
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if config.data.cache_dir is None:
+            config = config.updated({"data.cache_dir": scratch})
+        return enrich(config, rows, SilentObserver())
 
 
 def _short(record: PreferenceRecord) -> str:

@@ -103,6 +103,8 @@ def train(
         held_out = run_data.tokenize(config, held, tokenizer) if held else None
     for line in train_set.report.lines():
         observer.stage(line)
+    for line in held_out.report.lines() if held_out is not None else ():
+        observer.stage(f"held out: {line}")
 
     claim = claimed(directory.root) if accelerator.is_main_process else nullcontext()
     with explained(config), claim:
@@ -203,7 +205,10 @@ def _enriched(
         return train_set
     with accelerator.main_process_first():
         rows = enrich(config, records.train, observer)
-    return run_data.tokenize(config, rows, tokenizer)
+    enriched = run_data.tokenize(config, rows, tokenizer)
+    for line in enriched.report.lines():
+        observer.stage(line)
+    return enriched
 
 
 def _held_out_pass(
