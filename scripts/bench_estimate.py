@@ -66,8 +66,8 @@ CASES: dict[str, list[str]] = {
     "full, accumulated": ["training.gradient_accumulation_steps=2"],
     "full, eager attention": ["model.attn_implementation=eager"],
     "full, checkpointed": [CHECKPOINTED],
-    "LoRA": ["optimization.use_lora=true"],
-    "LoRA, checkpointed": ["optimization.use_lora=true", CHECKPOINTED],
+    "LoRA": ["optimization.use_lora=true", "training.batch_size=8"],
+    "LoRA, checkpointed": ["optimization.use_lora=true", "training.batch_size=8", CHECKPOINTED],
     "bf16": ["optimization.bf16=true"],
     "contrastive, momentum, queue": [
         "cpo.contrastive_weight=1",
