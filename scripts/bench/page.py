@@ -220,7 +220,11 @@ def _step(record: dict[str, Any]) -> list[str]:
 
 
 def _profile(record: dict[str, Any]) -> list[str]:
-    blocks = ["## Where a step's time goes", PROFILE_TEXT]
+    blocks = [
+        "## Where a step's time goes",
+        "![seconds of a step by kind of work](profile.png)",
+        PROFILE_TEXT,
+    ]
     for case in record["cases"]:
         found = case.get("seconds")
         if not found:

@@ -29,9 +29,11 @@ LABELS = {
 
 
 def draw(records: Records, folder: Path) -> None:
-    """``step.png``, ``kernels.png`` and ``cost.png``, each where its part was measured."""
+    """``step.png``, ``profile.png``, ``kernels.png`` and ``cost.png``, where their parts are."""
     if any("variants" in case for case in records.get("step", {}).get("cases", [])):
         _save(_step(records["step"]), folder / "step.png")
+    if any(case.get("seconds") for case in records.get("profile", {}).get("cases", [])):
+        _save(_profile(records["profile"]), folder / "profile.png")
     kernels = [
         (part, case)
         for part in ("head", "queue")
@@ -84,7 +86,28 @@ def _step(record: dict[str, Any]) -> Figure:
         axes.set_xticks(range(len(cases)), [case["case"] for case in cases], fontsize=8)
         axes.set_xlabel("case: prompt, completion, negatives; or rows, negatives")
         axes.spines[["top", "right"]].set_visible(False)
-    speed.legend(frameon=False, fontsize=8)
+    handles, labels = speed.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+    return figure
+
+
+def _profile(record: dict[str, Any]) -> Figure:
+    """Seconds of each kind of work, one above the other, a bar per variant."""
+    cases = [case for case in record["cases"] if case.get("seconds")]
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(6.5 * len(cases), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, case in zip(panels.flat, cases, strict=True):
+        names = list(case["seconds"])
+        foot = [0.0] * len(names)
+        for kind in case["seconds"][names[0]]:
+            parts = [case["seconds"][name][kind] for name in names]
+            axes.bar(names, parts, 0.6, bottom=foot, label=kind)
+            foot = [low + part for low, part in zip(foot, parts, strict=True)]
+        axes.set_title(case["case"])
+        axes.set_ylabel("seconds of one profiled step")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels.flat[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
