@@ -72,8 +72,14 @@ def completion_log_probs(
         bias=getattr(head, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    sums = each.new_zeros(len(batch.completion_lengths), dtype=torch.float64)
-    return sums.index_add(0, owners, each.double())
+    wide = sum_dtype(each.device)
+    sums = each.new_zeros(len(batch.completion_lengths), dtype=wide)
+    return sums.index_add(0, owners, each.to(wide))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What log-probabilities are summed in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Policy(nn.Module):

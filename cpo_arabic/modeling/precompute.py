@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
 from cpo_arabic.files import whole
-from cpo_arabic.modeling.policy import Reference
+from cpo_arabic.modeling.policy import Reference, sum_dtype
 
 
 class PrecomputedReference(Reference):
@@ -32,7 +32,8 @@ class PrecomputedReference(Reference):
         found = [
             self._values[pair] for pair in zip(rows, batch.completion_keys.tolist(), strict=True)
         ]
-        return torch.tensor(found, dtype=torch.float64, device=batch.input_ids.device)
+        device = batch.input_ids.device
+        return torch.tensor(found, dtype=sum_dtype(device), device=device)
 
 
 def precompute(
