@@ -78,12 +78,12 @@ class PreferenceBatch:
     prompt_ends: Tensor  # (G) flat position of the prompt's last token
     prompt_keys: Tensor  # (G) text hashes
     group_rows: Tensor  # (G) the record's row number
-    padding_share: float  # padded positions / all positions
+    tokens: int  # prompt and completion tokens of its rows, without padding
 
     @property
-    def tokens(self) -> int:
-        """Prompt and completion tokens of its rows, without padding."""
-        return round(self.input_ids.numel() * (1.0 - self.padding_share))
+    def padding_share(self) -> float:
+        """Padded positions / all positions."""
+        return 1.0 - self.tokens / self.input_ids.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with its tensors on ``device``."""
@@ -301,7 +301,6 @@ def _batch(groups: Sequence[TokenizedGroup], places: _Places, pad_id: int) -> Pr
         position_ids[prompt_positions] = prompt_offsets
         position_ids[positions] = prompt_lengths[owners][completions] + offsets
 
-    used = len(prompt_positions) + len(positions)
     return PreferenceBatch(
         input_ids=input_ids.view(rows, width),
         position_ids=position_ids.view(rows, width),
@@ -317,7 +316,7 @@ def _batch(groups: Sequence[TokenizedGroup], places: _Places, pad_id: int) -> Pr
         prompt_ends=ends[first],
         prompt_keys=_int64(group.prompt_key for group in groups),
         group_rows=_int64(group.row for group in groups),
-        padding_share=1.0 - used / (rows * width),
+        tokens=len(prompt_positions) + len(positions),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,27 +95,17 @@ def load_model(source: ModelSource) -> Any:
     """
     quantization = _quantization(source.quantization_bits)
     options = _loading_options(source, quantization)
-    try:
+    with _refusing_unloadable(source.name):
         legacy = legacy_settings(source.name, source.revision, options)
         if legacy is not None:
             return load_legacy_model(source.name, legacy, revision=source.revision, options=options)
-        config = AutoConfig.from_pretrained(
-            source.name,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            **hub_options(options),
-        )
         return AutoModelForCausalLM.from_pretrained(
             source.name,
-            config=config,
+            config=_settings(source),
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-    except ModelError:
-        raise
-    except (*UNREADABLE, KeyError, ImportError, TypeError) as error:
-        raise ModelError(_cannot_load("model", source.name, error)) from error
 
 
 def load_architecture(source: ModelSource) -> Any:
@@ -123,21 +114,30 @@ def load_architecture(source: ModelSource) -> Any:
     Raises:
         ModelError: it cannot be found, its class is unknown, or its code is not trusted.
     """
-    options = hub_options(source.init_kwargs or {})
+    with _refusing_unloadable(source.name):
+        legacy = legacy_settings(source.name, source.revision, source.init_kwargs or {})
+        return _settings(source) if legacy is None else qwen2_config(legacy)
+
+
+def _settings(source: ModelSource) -> Any:
+    """The model's ``config.json`` as transformers reads it."""
+    return AutoConfig.from_pretrained(
+        source.name,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        **hub_options(source.init_kwargs or {}),
+    )
+
+
+@contextmanager
+def _refusing_unloadable(name: str) -> Iterator[None]:
+    """What the libraries raise for a model becomes a :class:`ModelError`."""
     try:
-        legacy = legacy_settings(source.name, source.revision, options)
-        if legacy is not None:
-            return qwen2_config(legacy)
-        return AutoConfig.from_pretrained(
-            source.name,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            **options,
-        )
+        yield
     except ModelError:
         raise
     except (*UNREADABLE, KeyError, ImportError, TypeError) as error:
-        raise ModelError(_cannot_load("model", source.name, error)) from error
+        raise ModelError(_cannot_load("model", name, error)) from error
 
 
 def outline(architecture: Any, source: ModelSource) -> Any:

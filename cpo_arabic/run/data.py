@@ -24,6 +24,7 @@ from cpo_arabic.data.records import (
 from cpo_arabic.data.sources import open_source
 from cpo_arabic.data.tokenize import PreferenceDataset, tokenize_records
 from cpo_arabic.errors import DataError
+from cpo_arabic.training.plan import Schedule
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,30 @@ def collation(
 ) -> Callable[[Sequence[TokenizedGroup]], PreferenceBatch]:
     """Groups → batch, in the configuration's layout."""
     pad = tokenizer.pad_token_id
+    return layout(config, tokenizer.eos_token_id if pad is None else pad)
+
+
+def layout(config: CPOConfig, pad_id: int) -> Callable[[Sequence[TokenizedGroup]], PreferenceBatch]:
+    """:func:`collation` with a padding token that needs no tokenizer."""
     return partial(
         collate,
         padding=config.data.padding,
-        pad_id=tokenizer.eos_token_id if pad is None else pad,
+        pad_id=pad_id,
         max_length=config.cpo.max_length,
         max_tokens_per_row=config.data.max_tokens_per_row,
+    )
+
+
+def schedule(config: CPOConfig, rows: int, world_size: int) -> Schedule:
+    """The run's steps over ``rows`` training rows."""
+    training = config.training
+    return Schedule(
+        rows=rows,
+        batch_size=training.batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        world_size=world_size,
+        epochs=training.num_epochs,
+        max_steps=training.max_steps,
     )
 
 

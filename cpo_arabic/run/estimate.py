@@ -149,11 +149,10 @@ def _estimated(config: CPOConfig, accelerator: Accelerator, work: Workload) -> E
         whole = run_model.policy_around(config, outline(architecture, source))
     trainable = [p for p in whole.parameters() if p.requires_grad]
     gradients = _bytes(trainable)
-    momentum = config.cpo.use_momentum and config.cpo.contrastive_weight > 0
     standing = {
         "weights": _weights(config, whole),
         "optimizer moments": 2 * gradients,
-        "momentum encoder": gradients if momentum else 0,
+        "momentum encoder": gradients if run_model.momentum_in_use(config) else 0,
         "reference model": _reference_bytes(config),
         "queue": _queue_bytes(config, architecture.hidden_size),
     }
@@ -206,7 +205,7 @@ def _reference_bytes(config: CPOConfig) -> int:
 def _queue_bytes(config: CPOConfig, hidden_size: int) -> int:
     """Embeddings in float32 and labels of three int64."""
     cpo = config.cpo
-    if not cpo.use_queue or cpo.contrastive_weight == 0:
+    if not run_model.queue_in_use(config):
         return 0
     return cpo.queue_size * (4 * (cpo.projection_dim or hidden_size) + 3 * 8)
 

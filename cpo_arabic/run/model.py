@@ -148,6 +148,16 @@ def reference_in_use(config: CPOConfig) -> bool:
     return config.cpo.force_use_ref_model or config.cpo.reference_model_name is not None
 
 
+def queue_in_use(config: CPOConfig) -> bool:
+    """Whether earlier keys join the contrastive term's negatives."""
+    return config.cpo.use_queue and config.cpo.contrastive_weight > 0
+
+
+def momentum_in_use(config: CPOConfig) -> bool:
+    """Whether the contrastive term's keys come from a momentum encoder."""
+    return config.cpo.use_momentum and config.cpo.contrastive_weight > 0
+
+
 def build_reference(config: CPOConfig, policy: Policy, tokenizer: Any) -> Reference | None:
     """The reference in use: named, the adapter switched off, or a frozen copy of the start."""
     if not reference_in_use(config):

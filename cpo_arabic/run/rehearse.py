@@ -63,15 +63,14 @@ def _engine(
 ) -> Engine:
     """What a step works with, a queue that is full included."""
     cpo = config.cpo
-    contrastive = cpo.contrastive_weight > 0
-    queue = EmbeddingQueue(cpo.queue_size) if cpo.use_queue and contrastive else None
+    queue = EmbeddingQueue(cpo.queue_size) if run_model.queue_in_use(config) else None
     if queue is not None:
         width = cpo.projection_dim or causal_lm(policy.model).config.hidden_size
         queue.embeddings = mode.empty((cpo.queue_size, width), torch.float32, accelerator.device)
         queue.labels = torch.zeros(cpo.queue_size, 3, dtype=torch.int64, device=accelerator.device)
         queue.filled = cpo.queue_size
     momentum = None
-    if cpo.use_momentum and contrastive:
+    if run_model.momentum_in_use(config):
         with mode:
             momentum = MomentumEncoder(policy.trainable(), cpo.momentum_beta)
     return Engine(

@@ -101,10 +101,9 @@ def train(
         train_set = run_data.tokenize(config, records.train, tokenizer)
         held = records.validation
         held_out = run_data.tokenize(config, held, tokenizer) if held else None
-    for line in train_set.report.lines():
-        observer.stage(line)
-    for line in held_out.report.lines() if held_out is not None else ():
-        observer.stage(f"held out: {line}")
+    _tell(train_set, observer)
+    if held_out is not None:
+        _tell(held_out, observer, "held out: ")
 
     claim = claimed(directory.root) if accelerator.is_main_process else nullcontext()
     with explained(config), claim:
@@ -145,7 +144,7 @@ def _run(
     train_set = _enriched(config, accelerator, tokenizer, records, train_set, observer)
     groups = run_data.groups(config, train_set)
     held = run_data.groups(config, held_out) if held_out is not None else None
-    schedule = _schedule(config, len(groups), accelerator.num_processes)
+    schedule = run_data.schedule(config, len(groups), accelerator.num_processes)
     identity = {**settings, "rows": len(groups), "data": run_data.fingerprint(groups)}
     if checkpoint is not None:
         check_identity(checkpoint, identity)
@@ -206,9 +205,14 @@ def _enriched(
     with accelerator.main_process_first():
         rows = enrich(config, records.train, observer)
     enriched = run_data.tokenize(config, rows, tokenizer)
-    for line in enriched.report.lines():
-        observer.stage(line)
+    _tell(enriched, observer)
     return enriched
+
+
+def _tell(dataset: PreferenceDataset, observer: Observer, prefix: str = "") -> None:
+    """What tokenising met."""
+    for line in dataset.report.lines():
+        observer.stage(prefix + line)
 
 
 def _held_out_pass(
@@ -262,31 +266,18 @@ def _engine(
         ),
     )
     prepared, optimizer = accelerator.prepare(policy, optimizer)
-    contrastive = cpo.contrastive_weight > 0
     engine = Engine(
         accelerator=accelerator,
         policy=prepared,
         objective=run_model.objective_of(config),
         reference=reference,
         momentum=MomentumEncoder(policy.trainable(), cpo.momentum_beta)
-        if cpo.use_momentum and contrastive
+        if run_model.momentum_in_use(config)
         else None,
-        queue=EmbeddingQueue(cpo.queue_size) if cpo.use_queue and contrastive else None,
+        queue=EmbeddingQueue(cpo.queue_size) if run_model.queue_in_use(config) else None,
         seed=training.seed,
     )
     return engine, optimizer
-
-
-def _schedule(config: CPOConfig, rows: int, world_size: int) -> Schedule:
-    training = config.training
-    return Schedule(
-        rows=rows,
-        batch_size=training.batch_size,
-        accumulation_steps=training.gradient_accumulation_steps,
-        world_size=world_size,
-        epochs=training.num_epochs,
-        max_steps=training.max_steps,
-    )
 
 
 def _settings(config: CPOConfig, schedule: Schedule) -> TrainerSettings:

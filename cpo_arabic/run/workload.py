@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpo_arabic.config import CPOConfig
-from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup, collate
+from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
 from cpo_arabic.data.tokenize import PreferenceDataset
 from cpo_arabic.errors import DataError
 from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
 from cpo_arabic.run.stream import stream
-from cpo_arabic.training.plan import Schedule
 
 SURVEYED = 512
 """Micro-batches that are laid out to find the largest and the mean."""
@@ -73,25 +72,14 @@ def surveyed(
 
     seen = laid_out(evenly)
     largest = max([*seen, *(laid_out(longest) if apart > 1 else ())], key=_size)
-    training = config.training
-    schedule = Schedule(
-        rows=len(groups),
-        batch_size=training.batch_size,
-        accumulation_steps=training.gradient_accumulation_steps,
-        world_size=world_size,
-        epochs=training.num_epochs,
-        max_steps=training.max_steps,
-    )
-    positions = [batch.input_ids.numel() for batch in seen]
-    used = [batch.input_ids.numel() * (1 - batch.padding_share) for batch in seen]
     return Workload(
         source=f"{len(groups)} training rows",
         largest=largest,
         single=laid_out([plan[0][:1]])[0],
-        positions=sum(positions) / len(seen),
-        tokens=sum(used) / len(seen),
-        micro_batches=min(training.gradient_accumulation_steps, len(plan)),
-        steps=schedule.total_steps,
+        positions=sum(batch.input_ids.numel() for batch in seen) / len(seen),
+        tokens=sum(batch.tokens for batch in seen) / len(seen),
+        micro_batches=min(config.training.gradient_accumulation_steps, len(plan)),
+        steps=run_data.schedule(config, len(groups), world_size).total_steps,
         rows=len(groups),
     )
 
@@ -114,23 +102,15 @@ def shaped(config: CPOConfig, shape: Shape) -> Workload:
         )
     training = config.training
 
-    def lay_out(count: int) -> PreferenceBatch:
-        return collate(
-            shape.groups(count),
-            padding=config.data.padding,
-            pad_id=0,
-            max_length=limit,
-            max_tokens_per_row=config.data.max_tokens_per_row,
-        )
-
-    batch = lay_out(training.batch_size)
+    lay_out = run_data.layout(config, pad_id=0)
+    batch = lay_out(shape.groups(training.batch_size))
     return Workload(
         source=f"groups of {shape.prompt} prompt and {shape.negatives + 1} × {shape.completion} "
         "completion tokens",
         largest=batch,
-        single=lay_out(1),
+        single=lay_out(shape.groups(1)),
         positions=batch.input_ids.numel(),
-        tokens=batch.input_ids.numel() * (1 - batch.padding_share),
+        tokens=batch.tokens,
         micro_batches=training.gradient_accumulation_steps,
         steps=training.max_steps,
         rows=None,
