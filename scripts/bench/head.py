@@ -30,9 +30,9 @@ from scripts.bench.measure import (
     Turns,
     Watch,
     computed,
-    figures,
     matmul_rate,
     missing,
+    outcomes,
     relative_error,
     take_turns,
 )  # fmt: skip
@@ -179,10 +179,6 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
             if each not in notes
         }
         turns, died = take_turns(jobs, settings.repeats, settings.threads, watch)
-    found: dict[str, Any] = {each: {"note": note} for each, note in (notes | died).items()}
-    for each, taken in turns.items():
-        if len(taken) > 1:
-            found[each] = figures(taken, loss) | found.get(each, {})
     flops = (6 if trained else 4) * settings.tokens * settings.dim * settings.head_vocab
     return {
         "case": name,
@@ -190,7 +186,7 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
         "loss": loss,
         "tokens": settings.tokens,
         "floor_seconds": flops / matmul_rate(),
-        "variants": {each: found[each] for each in wanted if each in found},
+        "variants": outcomes(turns, notes | died, wanted, loss),
     }
 
 

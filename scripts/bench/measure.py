@@ -227,6 +227,31 @@ def figures(turns: list[dict[str, Any]], true_loss: float, *, exact: bool = True
     }
 
 
+def outcomes(
+    turns: dict[str, list[dict[str, Any]]],
+    notes: dict[str, str],
+    wanted: list[str],
+    true_loss: float,
+    exact: Callable[[str], bool] = lambda _: True,
+) -> dict[str, dict[str, Any]]:
+    """Each wanted variant's figures, its note, or both where it died after some turns.
+
+    Args:
+        turns: what each variant's turns cost.
+        notes: why some have none, or no more.
+        wanted: the variants, in the order of the result.
+        true_loss: the loss in float64.
+        exact: whether a variant computes in float32.
+    """
+    found: dict[str, dict[str, Any]] = {each: {} for each in wanted}
+    for each, known in found.items():
+        if len(taken := turns.get(each, [])) > 1:
+            known |= figures(taken, true_loss, exact=exact(each))
+        if each in notes:
+            known["note"] = notes[each]
+    return {each: known for each, known in found.items() if known}
+
+
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """‖got − true‖ / ‖true‖ over all the pairs (got, true) together."""
     difference = norm = 0.0

@@ -29,8 +29,8 @@ from scripts.bench.measure import (
     Turns,
     Watch,
     computed,
-    figures,
     matmul_rate,
+    outcomes,
     relative_error,
     take_turns,
 )  # fmt: skip
@@ -157,18 +157,13 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
         loss = computed(Job(work_truth, (settings, name, truth)), settings.threads)
         jobs = {each: Job(work, (settings, name, each, truth)) for each in wanted}
         turns, died = take_turns(jobs, settings.repeats, settings.threads, watch)
-    found: dict[str, Any] = {each: {"note": note} for each, note in died.items()}
-    for each, taken in turns.items():
-        if len(taken) > 1:
-            exact = known[each].exact
-            found[each] = figures(taken, loss, exact=exact) | found.get(each, {})
     products = 2 * 2 * settings.queries * settings.queue * settings.queue_dim
     return {
         "case": name,
         "clock": "cpu_seconds",
         "loss": loss,
         "floor_seconds": products / matmul_rate(),
-        "variants": {each: found[each] for each in wanted if each in found},
+        "variants": outcomes(turns, died, wanted, loss, lambda each: known[each].exact),
     }
 
 

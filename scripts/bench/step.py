@@ -37,9 +37,9 @@ from scripts.bench.measure import (
     Turns,
     Watch,
     computed,
-    figures,
     matmul_rate,
     missing,
+    outcomes,
     relative_error,
     take_turns,
 )  # fmt: skip
@@ -116,15 +116,14 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
     floor = needed_flops(facts) / matmul_rate(case.device, case.dtype)
     element = torch.finfo(case.dtype).bits // 8
     state = 3 * element * facts["trained_parameters"] / MIB
-    found: dict[str, Any] = {each: {"note": note} for each, note in notes.items()}
-    for each, taken in turns.items():
-        if len(taken) > 1:
-            found[each] = figures(taken, facts["loss"], exact=not case.gpu) | found.get(each, {})
-            peak = found[each]["peak_mib"]
-            found[each]["working_mib"] = None if peak is None else peak - state
+    found = outcomes(turns, notes, wanted, facts["loss"], lambda _: not case.gpu)
+    for known in found.values():
+        if "peak_mib" in known:
+            peak = known["peak_mib"]
+            known["working_mib"] = None if peak is None else peak - state
     clock = "wall_seconds" if case.gpu else "cpu_seconds"
     record = {"case": name, "clock": clock, **facts, "state_mib": state, "floor_seconds": floor}
-    return {**record, "variants": {each: found[each] for each in wanted if each in found}}
+    return {**record, "variants": found}
 
 
 def taken_turns(
