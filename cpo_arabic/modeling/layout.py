@@ -88,10 +88,7 @@ class TreeLayout:
 
 
 def path_mask(queries: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of ``before`` earlier and ``queries`` own keys each query sees, (1, 1, Q, N) bool.
-
-    It is the same for a longer and a shorter branch: padded keys come after all real queries.
-    """
+    """Which of ``before`` earlier and ``queries`` own keys each query sees, (1, 1, Q, N) bool."""
     query = torch.arange(before, before + queries, device=device)[:, None]
     key = torch.arange(before + queries, device=device)
     sees = key <= query

@@ -9,8 +9,8 @@ sequence with ordinary positions; only attention has to know where the path lies
 keyword argument, ``tree_layout``, which a decoder hands down to its attention function, and never
 by a dense (L, L) mask:
 
-- ``eager``, ``sdpa``: the model's own attention function, tree by tree: the prompt causally, then
-  the branches as a batch of K over [prompt; own], padded to the longest branch.
+- ``eager``, ``sdpa``: the model's own attention function, tree by tree: the prompt with its first
+  branch, which are an ordinary causal sequence, then each other branch over [prompt; own].
 - ``flash_attention_*``, and ``sdpa`` in half precision on CUDA: one variable-length call for all
   rows. Its sequences are the prompts and the branches; the keys of a branch are [prompt; own].
 - ``flex_attention``: a block mask (CUDA; on CPU it has no backward and is refused).
@@ -35,7 +35,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cpo_arabic.data.pack import PreferenceBatch
+from cpo_arabic.data.pack import PreferenceBatch, Tree
 from cpo_arabic.errors import ModelError
 from cpo_arabic.modeling.last_layer import ReadPositions
 from cpo_arabic.modeling.layout import TreeLayout
@@ -133,43 +133,46 @@ def attend_by_tree(dense: Dense, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Splits, not slices: the backward of all pieces together is one concatenation, where that of
     # each slice would be a whole tensor of zeros.
     for trees, *row in zip(layout.by_row, *(x.chunk(layout.rows) for x in (q, k, v)), strict=True):
-        segments = [s for tree in trees for s in (tree.prompt_length, *tree.branch_lengths)]
+        segments = [length for tree in trees for length in _segments(tree)]
         padding = layout.length - sum(segments)
         queries, keys, values = (x.split_with_sizes([*segments, padding], dim=2) for x in row)
         outputs: list[Tensor] = []  # (1, tokens, H, d)
         first = 0
         for tree in trees:
-            here = slice(first, first + 1 + len(tree.branch_lengths))
-            outputs += _one_tree(dense, queries[here], keys[here], values[here])
+            here = slice(first, first + len(tree.branch_lengths))
+            outputs += _one_tree(dense, tree.prompt_length, queries[here], keys[here], values[here])
             first = here.stop
-        rows.append(F.pad(torch.cat(outputs, dim=1), (0, 0, 0, 0, 0, padding)))
+        rows.append(_padded(torch.cat(outputs, dim=1), 0, padding))
     return torch.cat(rows)
 
 
+def _segments(tree: Tree) -> tuple[int, ...]:
+    """Tokens of the prompt with its first branch, and of each other branch."""
+    first, *others = tree.branch_lengths
+    return (tree.prompt_length + first, *others)
+
+
 def _one_tree(
-    dense: Dense, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]
+    dense: Dense, prompt: int, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Prompt and branches, each (1, H, tokens, d) → their outputs (1, tokens, H, d)."""
-    prompt = k[0].shape[2]
+    """Segments, each (1, H, tokens, d) → their outputs (1, tokens, H, d)."""
     unread = prompt - 1 if dense.is_last_layer else 0
-    yield F.pad(dense(q[0][:, :, unread:], k[0], v[0], unread), (0, 0, 0, 0, unread, 0))
+    yield _padded(dense(q[0][:, :, unread:], k[0], v[0], unread), unread, 0)
+    if len(q) == 1:
+        return
 
     # the keys of the prompt that a branch's first token sees; later tokens see no earlier ones
     seen = prompt if dense.window is None else min(prompt, dense.window - 1)
-    branches = len(q) - 1
-    keys, values = (
-        torch.cat((x[0][:, :, prompt - seen :].expand(branches, -1, -1, -1), _stack(x[1:])), dim=2)
-        for x in (k, v)
-    )
-    output = dense(_stack(q[1:]), keys, values, seen)
-    for own, branch in zip(output.chunk(branches), q[1:], strict=True):
-        yield own[:, : branch.shape[2]]
+    keys, values = (x[0][:, :, prompt - seen : prompt] for x in (k, v))
+    for branch, own_keys, own_values in zip(q[1:], k[1:], v[1:], strict=True):
+        yield dense(
+            branch, torch.cat((keys, own_keys), dim=2), torch.cat((values, own_values), dim=2), seen
+        )
 
 
-def _stack(branches: Sequence[Tensor]) -> Tensor:
-    """K times (1, H, C, d) → (K, H, max C, d), zero beyond a branch's end."""
-    longest = max(branch.shape[2] for branch in branches)
-    return torch.cat([F.pad(b, (0, 0, 0, longest - b.shape[2])) for b in branches])
+def _padded(output: Tensor, before: int, after: int) -> Tensor:
+    """(1, tokens, H, d) with zeros before and after."""
+    return F.pad(output, (0, 0, 0, 0, before, after)) if before or after else output
 
 
 # --- attention in one variable-length call --------------------------------------------------------
