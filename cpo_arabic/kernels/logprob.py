@@ -19,11 +19,14 @@ Three modes, chosen by what needs a gradient. T rows, D features, V tokens; mult
     nothing            2·D·V·T    running maximum and sum only
     hidden only        4·D·V·T    forward accumulates U = Σ p_v cap'_v W_v beside the sum, (T, D) is
     (frozen head)                 all that is saved, backward multiplies it by the incoming gradient
-    weight or bias     8·D·V·T    backward recomputes each tile of logits, or reads it back where it
-    (trained head)     6·D·V·T    was kept: as many tiles as fit in ``memory_budget`` bytes are kept
+    weight or bias     6·D·V·T    backward reads the logits that were kept,
+    (trained head)     8·D·V·T    and recomputes the others
 
 Backward goes vocabulary tile by vocabulary tile, so a slice of W's gradient is complete before the
-next is begun and nothing accumulates in a dtype below float32.
+next is begun and nothing accumulates in a dtype below float32. Hence logits can wait for backward
+where that slice is going to be: the (V, D) memory of W's gradient, which the end of backward needs
+in any case, is taken in forward and holds the logits of the first D rows (D / 2 if W is bfloat16).
+Of the other rows, as many tiles as fit in ``memory_budget`` bytes are kept.
 
 Shapes: T rows, D features, V tokens, t rows of one tile, v tokens of one tile
 """
@@ -54,7 +57,7 @@ CUDA_TILES = 8
 TILE_TOKENS = (512, 8192)
 """Fewest and most tokens of one tile."""
 MEMORY_BUDGET = 24 << 20
-"""Bytes of logits that a trained head may keep from forward to backward by default."""
+"""Bytes of logits that are kept by default beside those in the memory of W's gradient."""
 
 
 class Head(NamedTuple):
@@ -66,6 +69,7 @@ class Head(NamedTuple):
     targets: Tensor  # (T,)
     softcap: float | None
     native: bool  # bfloat16 products with float32 accumulation: CUDA, and no scale to round
+    lodged: int  # first rows, whose logits wait in the memory of W's gradient
 
     def weights(self, token: int, token_end: int, converted: Scratch) -> Tensor:
         """(v, D) rows of the head in the dtype that products take."""
@@ -146,11 +150,16 @@ class TokenLogProbsFunction(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trained = needs_weight or needs_bias
         with without_autocast(hidden.device):
-            head = _head(hidden, weight, bias, targets, softcap, scale)
+            head = _head(hidden, weight, bias, targets, softcap, scale, trained=needs_weight)
+            ctx.gradient = _gradient_memory(head) if needs_weight else None
             target_weight = weight.index_select(0, targets).to(head.hidden.dtype)  # (T, D)
             target_logit, target_slope = _target_logits(head, target_weight)
             log_sum, pulled, kept = _forward(
-                head, body, needs_hidden and not trained, memory_budget if trained else 0
+                head,
+                body,
+                needs_hidden and not trained,
+                ctx.gradient,
+                memory_budget if trained else 0,
             )
             gap = log_sum - target_logit
             rate = torch.sigmoid(gap)
@@ -180,11 +189,21 @@ class TokenLogProbsFunction(torch.autograd.Function):
                 (direction,) = ctx.saved_tensors
                 return ((grad[:, None] * direction).to(dtype), None, None, *nothing)
             hidden, weight, bias, targets, log_sum, rate, slope, *tiles = ctx.saved_tensors
-            head = _head(hidden, weight, bias, targets, softcap, scale)
+            head = _head(hidden, weight, bias, targets, softcap, scale, trained=needs[1])
             kept = dict(zip(ctx.kept, tiles, strict=True))
-            gradients = _Gradients(head, needs, -grad * rate, scale)
+            if ctx.gradient is not None:
+                kept |= _lodgings(head, ctx.gradient)
+            elif needs[1]:  # given away by an earlier backward, and its logits with it
+                ctx.gradient = _gradient_memory(head)
+            gradients = _Gradients(head, needs, -grad * rate, scale, ctx.gradient)
+            ctx.gradient = None
             _backward(head, body, log_sum, slope, kept, gradients)
             return (*gradients.finish(dtype, bias), *nothing)
+
+
+def lodged_rows(rows: int, features: int, weight_bytes: int, logit_bytes: int = 4) -> int:
+    """How many of ``rows`` tokens have their logits in the memory of a trained W's gradient."""
+    return min(rows, features * weight_bytes // logit_bytes)
 
 
 def _head(
@@ -194,13 +213,39 @@ def _head(
     targets: Tensor,
     softcap: float | None,
     scale: float,
+    *,
+    trained: bool,
 ) -> Head:
     dtype = accumulation_dtype(hidden)
     scaled = hidden.to(dtype) * scale if scale != 1.0 else hidden.to(dtype)
     shift = None if bias is None else bias.to(dtype) * scale
     low = hidden.dtype == weight.dtype == torch.bfloat16
     native = low and hidden.is_cuda and scale == 1.0
-    return Head(scaled, weight, shift, targets, softcap, native)
+    lodged = 0
+    if trained:
+        rows, features = scaled.shape
+        lodged = lodged_rows(rows, features, weight.element_size(), scaled.element_size())
+    return Head(scaled, weight, shift, targets, softcap, native, lodged)
+
+
+def _gradient_memory(head: Head) -> Tensor:
+    """(V, D) of W's dtype; of undefined content, or zeros where no row is going to write there."""
+    make = head.weight.new_empty if len(head.hidden) else head.weight.new_zeros
+    return make(head.weight.shape)
+
+
+def _lodgings(head: Head, gradient: Tensor) -> dict[Tile, Tensor]:
+    """Logits of each tile of the lodged rows, in the slice of W's gradient of the same tokens."""
+    if not head.lodged:
+        return {}
+    found = {}
+    for token, token_end in _token_spans(head):
+        shape = (head.lodged, token_end - token)
+        size = shape[0] * shape[1] * head.hidden.element_size()
+        memory = gradient[token:token_end].view(torch.uint8).flatten()[:size]
+        tile = Tile(0, head.lodged, token, token_end)
+        found[tile] = memory.view(head.hidden.dtype).view(shape)
+    return found
 
 
 def _target_logits(head: Head, target_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,15 +260,16 @@ def _target_logits(head: Head, target_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    head: Head, body: Body, want_pulled: bool, budget: int
+    head: Head, body: Body, want_pulled: bool, gradient: Tensor | None, budget: int
 ) -> tuple[Tensor, Tensor | None, dict[Tile, Tensor]]:
     """(T,) log-sum-exp over the non-targets, (T, D) Σ p cap' W where wanted, the tiles kept."""
+    lodgings = {} if gradient is None else _lodgings(head, gradient)
     h = head.hidden
     log_sum = h.new_empty(len(h))
     pulled = torch.zeros_like(h) if want_pulled else None
     kept: dict[Tile, Tensor] = {}
     work, converted = Scratch(h, h.dtype), Scratch(h, h.dtype)
-    for row, row_end in spans(len(h), TILE_ROWS):
+    for row, row_end in _row_spans(head):
         peak = h.new_full((row_end - row,), -math.inf)
         total = torch.zeros_like(peak)
         into = None if pulled is None else pulled[row:row_end]
@@ -232,8 +278,8 @@ def _forward(
             weight = head.weights(token, token_end, converted)
             scratch = work.take(row_end - row, token_end - token)
             size = scratch.numel() * scratch.element_size()
-            logits = scratch
-            if size <= budget:
+            logits = lodgings.get(tile, scratch)
+            if logits is scratch and size <= budget:
                 budget -= size
                 logits = kept[tile] = torch.empty_like(scratch)
             _product(head, tile, weight, logits)
@@ -264,7 +310,7 @@ def _backward(
     for token, token_end in _token_spans(head):
         weight = head.weights(token, token_end, converted)
         part = gradients.begin(token, token_end)
-        for row, row_end in spans(len(h), TILE_ROWS):
+        for row, row_end in _row_spans(head):
             tile = Tile(row, row_end, token, token_end)
             out = work.take(row_end - row, token_end - token)
             logits = kept.get(tile)
@@ -283,11 +329,20 @@ def _backward(
         gradients.end(token, token_end, part)
 
 
+def _row_spans(head: Head) -> Iterator[tuple[int, int]]:
+    """The lodged rows are one tile, and the first: it is read before the gradient is written."""
+    if head.lodged:
+        yield 0, head.lodged
+    for row, row_end in spans(len(head.hidden) - head.lodged, TILE_ROWS):
+        yield head.lodged + row, head.lodged + row_end
+
+
 def _token_spans(head: Head) -> Iterator[tuple[int, int]]:
+    """Multiples of 8 tokens: any dtype may be laid over their slice of another one's matrix."""
     fewest, most = TILE_TOKENS
-    rows = max(min(len(head.hidden), TILE_ROWS), 1)
+    rows = max((end - start for start, end in _row_spans(head)), default=1)
     elements = TILE_ELEMENTS * CUDA_TILES if head.hidden.is_cuda else TILE_ELEMENTS
-    return spans(len(head.weight), min(max(elements // rows, fewest), most))
+    return spans(len(head.weight), min(max(elements // rows // 8 * 8, fewest), most))
 
 
 def _product(head: Head, tile: Tile, weight: Tensor, out: Tensor) -> None:
@@ -304,12 +359,18 @@ class _Gradients:
     enter W's gradient, and on the finished gradient of hidden, never on a tile.
     """
 
-    def __init__(self, head: Head, needs: tuple[bool, ...], factors: Tensor, scale: float) -> None:
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, ...],
+        factors: Tensor,
+        scale: float,
+        weight: Tensor | None,
+    ) -> None:
         h = head.hidden
         self._factors, self._scale = factors, scale
         self._hidden = torch.zeros_like(h) if needs[0] else None
-        blank = torch.empty_like if len(h) else torch.zeros_like  # without rows nothing is written
-        self._weight = blank(head.weight) if needs[1] else None
+        self._weight = weight
         self._bias = h.new_zeros(len(head.weight)) if needs[2] else None
         scaled = h * factors[:, None]
         self._scaled_hidden = scaled.to(head.weight.dtype) if head.native else scaled
@@ -388,10 +449,9 @@ class TiledBody:
     ) -> None:
         bend = None
         if softcap is not None:
-            bend = logits / softcap
             if not capped:
-                logits = torch.mul(bend.tanh_(), softcap, out=out)
-            bend = bend.square_().neg_().add_(1.0)
+                logits = torch.div(logits, softcap, out=out).tanh_().mul_(softcap)
+            bend = (logits / softcap).square_().neg_().add_(1.0)
         torch.sub(logits, log_sum[:, None], out=out).exp_()
         if bend is not None:
             out.mul_(bend)

@@ -20,6 +20,7 @@ from cpo_arabic.modeling.policy import Policy, causal_lm
 from cpo_arabic.run import model as run_model
 from cpo_arabic.run.accelerator import build_accelerator
 from cpo_arabic.run.rehearse import (
+    lodged_in_gradient,
     reference_is_run,
     rehearsed,
     rehearsed_batches,
@@ -239,7 +240,7 @@ def _seconds(
     flops, traffic = work_of(stretches)
     batches = rehearsed_batches(config, work)
     whole = architecture.vocab_size
-    part = rehearsed_vocabulary(work.largest, whole)
+    part = rehearsed_vocabulary(config, work.largest, architecture)
     head, rows = _head(config, batches, architecture.hidden_size)
     seconds = (flops - head(part)) / machine.work_rate
     seconds += head(whole) / in_head.work_rate
@@ -253,19 +254,25 @@ def _head(
     config: CPOConfig, batches: Sequence[PreferenceBatch], hidden: int
 ) -> tuple[Callable[[int], float], int]:
     """Vocabulary → FLOPs of the batches' log-probabilities; and for how many tokens they are."""
-    cpo, rows = config.cpo, 0
+    cpo = config.cpo
+    each = [0] * len(batches)
     if cpo.preference_weight:
-        rows = sum(len(batch.token_targets) for batch in batches)
+        each = [len(batch.token_targets) for batch in batches]
     elif cpo.cpo_alpha:
-        rows = sum(int(b.completion_lengths[b.completion_chosen].sum()) for b in batches)
+        each = [int(b.completion_lengths[b.completion_chosen].sum()) for b in batches]
     passes = 1 if reference_is_run(config) and cpo.preference_weight else 0
     trained = not config.optimization.use_lora
 
     def flops(vocabulary: int) -> float:
-        own: float = head_work(rows, hidden, vocabulary, trained=trained, budget=MEMORY_BUDGET)
-        return own + passes * 2.0 * hidden * vocabulary * rows
+        total = passes * 2.0 * hidden * vocabulary * sum(each)
+        for rows in each:
+            lodged = lodged_in_gradient(config, rows, hidden)
+            total += head_work(
+                rows, hidden, vocabulary, trained=trained, lodged=lodged, budget=MEMORY_BUDGET
+            )
+        return total
 
-    return flops, rows
+    return flops, sum(each)
 
 
 @cache

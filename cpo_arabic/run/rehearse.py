@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from cpo_arabic.config import CPOConfig
 from cpo_arabic.data.pack import PreferenceBatch
-from cpo_arabic.kernels.logprob import MEMORY_BUDGET, TILE_TOKENS
+from cpo_arabic.kernels.logprob import MEMORY_BUDGET, TILE_TOKENS, lodged_rows
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.loading import load_architecture, outline
 from cpo_arabic.modeling.policy import Policy, Reference, causal_lm
@@ -35,7 +35,7 @@ def rehearsed(
         architecture: of the model.
         gradients: bytes of the whole model's gradients.
     """
-    vocabulary = rehearsed_vocabulary(work.largest, architecture.vocab_size)
+    vocabulary = rehearsed_vocabulary(config, work.largest, architecture)
     mode = Rehearsal(vocabulary, architecture.vocab_size / vocabulary)
     source = run_model.source_of(config)
     with torch.device("meta"):
@@ -112,10 +112,20 @@ def rehearsed_batches(config: CPOConfig, work: Workload) -> list[PreferenceBatch
     return [work.single, work.largest] if joined and work.micro_batches > 1 else [work.largest]
 
 
-def rehearsed_vocabulary(batch: PreferenceBatch, whole: int) -> int:
+def rehearsed_vocabulary(config: CPOConfig, batch: PreferenceBatch, architecture: Any) -> int:
     """As many tokens as fill the kernel's budget of kept logits, and tiles of every width."""
-    enough = max(2 * TILE_TOKENS[1], MEMORY_BUDGET // (4 * len(batch.token_targets)))
-    return min(whole, enough + TILE_TOKENS[1] + 1)  # odd: no other dimension is
+    rows = len(batch.token_targets)
+    others = rows - lodged_in_gradient(config, rows, architecture.hidden_size)
+    enough = max(2 * TILE_TOKENS[1], MEMORY_BUDGET // (4 * others) if others else 0)
+    # odd: no other dimension is
+    return min(int(architecture.vocab_size), enough + TILE_TOKENS[1] + 1)
+
+
+def lodged_in_gradient(config: CPOConfig, rows: int, hidden: int) -> int:
+    """Of ``rows`` predicted tokens, how many keep their logits at no cost."""
+    if config.optimization.use_lora:
+        return 0
+    return lodged_rows(rows, hidden, run_model.weights_dtype(config).itemsize)
 
 
 def _smaller(architecture: Any, vocabulary: int) -> Any:

@@ -67,7 +67,9 @@ def work_of(stretches: Sequence[Stretch]) -> tuple[float, float]:
     )
 
 
-def head_work(rows: int, hidden: int, vocabulary: int, *, trained: bool, budget: int) -> float:
+def head_work(
+    rows: int, hidden: int, vocabulary: int, *, trained: bool, lodged: int = 0, budget: int = 0
+) -> float:
     """FLOPs of the log-probability kernel for ``rows`` tokens, forward and backward.
 
     Args:
@@ -75,8 +77,9 @@ def head_work(rows: int, hidden: int, vocabulary: int, *, trained: bool, budget:
         hidden: features of a state.
         vocabulary: rows of the head.
         trained: whether the head needs a gradient, or only the states.
-        budget: bytes of float32 logits that are kept rather than computed again.
+        lodged: rows whose logits wait in the memory of a trained head's gradient.
+        budget: bytes of other rows' float32 logits that are kept rather than computed again.
     """
-    kept = min(1.0, budget / max(4 * rows * vocabulary, 1))
+    kept = min(1.0, (lodged + budget / (4 * vocabulary)) / max(rows, 1))
     factor = 8 - 2 * kept if trained else 4
     return factor * hidden * vocabulary * rows

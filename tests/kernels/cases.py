@@ -150,6 +150,29 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class AllocatedBytes(TorchDispatchMode):
+    """Adds up what the operators inside the block allocate, of a MiB and more at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+
+    @property
+    def large(self) -> int:
+        """Bytes."""
+        return sum(size for each in self._seen.values() if (size := each.nbytes()) >= 1 << 20)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in given:
+                self._seen[value.untyped_storage()._cdata] = value.untyped_storage()
+        return result
+
+
 @contextmanager
 def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
     """The shapes of what autograd saves for backward inside the block."""

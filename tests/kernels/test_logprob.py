@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpo_arabic.kernels import logprob, token_log_probs
+from cpo_arabic.training.footprint import head_work
 
-from .cases import HeadCase, LargestTensor, gradients, relative, saved_shapes
+from .cases import AllocatedBytes, HeadCase, LargestTensor, gradients, relative, saved_shapes
 
 # ragged against every tile size, a single token, a vocabulary smaller than a tile
 SHAPES = [(37, 16, 1301), (1, 7, 513), (70, 33, 50)]
@@ -60,13 +61,13 @@ def test_cap_and_scale_apply_in_their_order() -> None:
     assert got.item() == pytest.approx(-math.log1p(math.exp(-math.tanh(2.0))))
 
 
-@pytest.mark.parametrize("budget", [0, 5000, 1 << 30])
+@pytest.mark.parametrize(("features", "budget"), [(5, 0), (5, 5000), (5, 1 << 30), (40, 0)])
 @pytest.mark.parametrize(("form", "wanted"), FORMS_AND_SUBSETS)
 @pytest.mark.usefixtures("small_tiles")
 def test_every_gradient_alone_and_together_equals_autograd_of_the_definition(
-    form: dict[str, Any], wanted: str, budget: int
+    form: dict[str, Any], wanted: str, features: int, budget: int
 ) -> None:
-    case = HeadCase.random(37, 5, 301, **form)
+    case = HeadCase.random(37, features, 301, **form)
     inputs = case.inputs(wanted)
     upstream = torch.randn(37, dtype=torch.float64)
     truth = case.run(backend="eager")
@@ -184,7 +185,8 @@ def test_a_frozen_head_saves_one_row_per_token_and_nothing_else() -> None:
     assert shapes == [(50, 8)]
 
 
-def test_a_trained_head_keeps_no_more_logits_than_its_budget() -> None:
+def test_beside_its_gradient_a_trained_head_keeps_no_more_logits_than_its_budget() -> None:
+    """Those of the first 8 rows, as many as there are features, wait in the gradient's memory."""
     case = HeadCase.random(50, 8, 30000).to(torch.float32)
     case.inputs("hw")
     sizes = {}
@@ -194,7 +196,54 @@ def test_a_trained_head_keeps_no_more_logits_than_its_budget() -> None:
         sizes[budget] = 4 * sum(t * v for t, v in (s for s in shapes if len(s) == 2) if v > 8)
     assert sizes[0] == 0
     assert 1 << 20 < sizes[2 << 20] <= 2 << 20
-    assert sizes[1 << 30] == 4 * 50 * 30000
+    assert sizes[1 << 30] == 4 * (50 - 8) * 30000
+
+
+@pytest.mark.parametrize("wanted", ["h", "hw"])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "budget", "lodged"),
+    [
+        (24, torch.float32, 0, 24),
+        (100, torch.float32, 0, 32),
+        (100, torch.float32, 4 * 68 * 3000, 32),
+        (100, torch.bfloat16, 0, 16),
+        (100, torch.float64, 0, 32),
+    ],
+)
+def test_the_work_is_what_the_estimate_counts(
+    rows: int,
+    dtype: torch.dtype,
+    budget: int,
+    lodged: int,
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three products over W, and a fourth only for logits that nothing keeps."""
+    done = 0
+    multiply = logprob.multiply
+
+    def counted(left: torch.Tensor, right: torch.Tensor, *rest: Any, **options: Any) -> None:
+        nonlocal done
+        done += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        multiply(left, right, *rest, **options)
+
+    monkeypatch.setattr(logprob, "multiply", counted)
+    case = HeadCase.random(rows, 32, 3000).to(dtype)
+    inputs = case.inputs(wanted)
+    gradients(case.run(memory_budget=budget), inputs, torch.ones(rows))
+    trained = wanted == "hw"
+    assert logprob.lodged_rows(rows, 32, dtype.itemsize, max(4, dtype.itemsize)) == lodged
+    assert done == head_work(rows, 32, 3000, trained=trained, lodged=lodged, budget=budget)
+
+
+def test_logits_in_the_memory_of_the_gradient_need_none_of_their_own() -> None:
+    """Forward and backward allocate the gradient, a tile and what is small."""
+    case = HeadCase.random(64, 64, 30000).to(torch.float32)
+    inputs = case.inputs("hw")
+    with AllocatedBytes() as allocated:
+        gradients(case.run(memory_budget=0), inputs, torch.ones(64))
+    gradient, tile = 4 * 64 * 30000, 4 * logprob.TILE_ELEMENTS
+    assert gradient < allocated.large <= gradient + 2 * tile
 
 
 def test_nothing_is_saved_without_a_gradient() -> None:
@@ -274,7 +323,9 @@ def test_cudas_bfloat16_products_cost_no_more_than_the_definitions(
     results = []
     for each, name in ((exact, "eager"), (case, "eager"), (case, "tiled")):
         if name == "tiled":
-            monkeypatch.setattr(logprob, "_head", lambda *a: head(*a)._replace(native=True))
+            monkeypatch.setattr(
+                logprob, "_head", lambda *a, **k: head(*a, **k)._replace(native=True)
+            )
             monkeypatch.setattr(torch, "mm", product)
         inputs = each.inputs(wanted)
         output = each.run(backend=name)

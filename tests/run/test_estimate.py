@@ -94,7 +94,11 @@ def test_a_part_of_the_layers_and_of_the_vocabulary_stands_for_all(
     wide = Shape(prompt=64, completion=64, negatives=2)
     part = estimate_alone(config, wide)
     monkeypatch.setattr(rehearse, "LAYERS", 6)
-    monkeypatch.setattr(rehearse, "rehearsed_vocabulary", lambda _batch, whole: whole)
+    monkeypatch.setattr(
+        rehearse,
+        "rehearsed_vocabulary",
+        lambda _config, _batch, architecture: architecture.vocab_size,
+    )
     all_of_it = estimate_alone(config, wide)
     assert part.peak == pytest.approx(all_of_it.peak, rel=0.01)
     assert part.moment == all_of_it.moment
