@@ -1,6 +1,6 @@
-"""The two products over something large: a vocabulary, a queue of keys.
+"""The two products over something large: a vocabulary, a queue of keys; and a norm.
 
-Plain tensors in, plain tensors out. Each kernel exists three times with one meaning:
+Plain tensors in, plain tensors out. Each product exists three times with one meaning:
 
 ``eager``   :mod:`.reference`, the definition; holds the whole matrix
 ``tiled``   :mod:`.logprob`, :mod:`.infonce`: hand-written autograd in plain PyTorch, any device
@@ -22,8 +22,9 @@ from cpo_arabic.kernels import infonce as _infonce
 from cpo_arabic.kernels import logprob as _logprob
 from cpo_arabic.kernels.common import Backend, choose_backend
 from cpo_arabic.kernels.reference import eager_infonce, eager_token_log_probs
+from cpo_arabic.kernels.rms_norm import rms_norm
 
-__all__ = ["Backend", "InfoNCEOutput", "infonce", "token_log_probs"]
+__all__ = ["Backend", "InfoNCEOutput", "infonce", "rms_norm", "token_log_probs"]
 
 
 def token_log_probs(

@@ -56,7 +56,7 @@ CUDA_TILES = 8
 """How much larger a CUDA tile is: 32 MiB, within the second-level cache, few launches."""
 TILE_TOKENS = (512, 8192)
 """Fewest and most tokens of one tile."""
-MEMORY_BUDGET = 24 << 20
+MEMORY_BUDGET = 64 << 20
 """Bytes of logits that are kept by default beside those in the memory of W's gradient."""
 
 

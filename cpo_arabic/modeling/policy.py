@@ -18,6 +18,7 @@ from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.errors import ModelError
 from cpo_arabic.kernels import token_log_probs
 from cpo_arabic.modeling.encoder import EmbeddingSettings, embed, pool_keys, pool_queries
+from cpo_arabic.modeling.norm import fuse_norms
 from cpo_arabic.modeling.tree import hidden_states
 
 
@@ -89,6 +90,7 @@ class Policy(nn.Module):
         self, model: nn.Module, projection: nn.Module | None, embedding: EmbeddingSettings
     ) -> None:
         super().__init__()
+        fuse_norms(model)
         self.model = model
         self.projection = projection
         self.embedding = embedding
@@ -143,6 +145,8 @@ class Reference:
 
     def __init__(self, policy: Policy, model: nn.Module | None = None) -> None:
         self._policy = policy
+        if model is not None:
+            fuse_norms(model)
         self._model = model.eval().requires_grad_(False) if model is not None else None
 
     def to(self, device: torch.device) -> None:

@@ -157,7 +157,8 @@ def _one_tree(
 ) -> Iterator[Tensor]:
     """Segments, each (1, H, tokens, d) → their outputs (1, tokens, H, d)."""
     unread = prompt - 1 if dense.is_last_layer else 0
-    yield _padded(dense(q[0][:, :, unread:], k[0], v[0], unread), unread, 0)
+    queries = q[0][:, :, unread:] if unread else q[0]  # a slice of all costs a copy in backward
+    yield _padded(dense(queries, k[0], v[0], unread), unread, 0)
     if len(q) == 1:
         return
 

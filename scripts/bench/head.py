@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from cpo_arabic.kernels import token_log_probs
 from scripts.bench.measure import (
-    MIB,
     Job,
     Turns,
     Watch,
@@ -87,9 +86,9 @@ def cpo_loss(log_probs: Tensor, pairs: int) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def ours(x: Inputs, **options: Any) -> Tensor:
-    """Tiled; what is kept for backward is bounded by a budget."""
-    return cpo_loss(token_log_probs(x.hidden, x.weight, x.targets, **options), x.pairs)
+def ours(x: Inputs) -> Tensor:
+    """Tiled; a trained head keeps its logits where its gradient is going to be."""
+    return cpo_loss(token_log_probs(x.hidden, x.weight, x.targets), x.pairs)
 
 
 def all_logits(x: Inputs) -> Tensor:
@@ -127,7 +126,6 @@ class Variant(NamedTuple):
     function: Callable[[Inputs], Tensor]
     package: str = ""
     compiled: bool = False
-    only_trained: bool = False
 
 
 def _liger(chunk: int, *, compiled: bool) -> Variant:
@@ -135,12 +133,10 @@ def _liger(chunk: int, *, compiled: bool) -> Variant:
 
 
 def table(settings: Settings) -> dict[str, Variant]:
-    """Name → variant. A budget is for logits that only a trained head reads again."""
+    """Name → variant."""
     every = settings.pairs
     return {
         "ours": Variant(ours),
-        "ours, budget 0": Variant(partial(ours, memory_budget=0), only_trained=True),
-        "ours, budget 96 MiB": Variant(partial(ours, memory_budget=96 * MIB), only_trained=True),
         "TRL's log-softmax": Variant(all_logits),
         "Liger, eager, a pair a chunk": _liger(1, compiled=False),
         "Liger, compiled, a pair a chunk": _liger(1, compiled=True),
@@ -149,13 +145,9 @@ def table(settings: Settings) -> dict[str, Variant]:
     }
 
 
-def variants(case: str, settings: Settings) -> list[str]:
-    """All that the case has, or those of them that need no compiler."""
-    return [
-        name
-        for name, v in table(settings).items()
-        if (settings.compiled or not v.compiled) and (case == "trained" or not v.only_trained)
-    ]
+def variants(_case: str, settings: Settings) -> list[str]:
+    """All, or those of them that need no compiler."""
+    return [name for name, v in table(settings).items() if settings.compiled or not v.compiled]
 
 
 def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> dict[str, Any]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # read when the Triton kernels are first imported, which only a test that uses them does
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
