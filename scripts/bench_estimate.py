@@ -265,7 +265,7 @@ def main(
             show(found, console)
             if json_file is not None:
                 report = {
-                    "command": "python " + " ".join(sys.argv),
+                    "command": " ".join(["OMP_NUM_THREADS=1 python", *sys.argv]),
                     "hardware": hardware(1),
                     "model": {"hidden": 512, "layers": 6, "vocabulary": 32_000},
                     "tolerance": TOLERANCE,

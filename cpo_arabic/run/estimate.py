@@ -32,7 +32,7 @@ from cpo_arabic.training.machine import Machine, measure
 
 EFFICIENCY = {"cpu": 0.8, "cuda": 0.5}
 """Share of the machine's measured rates that a whole step reaches: on a CPU calibrated with
-``scripts/bench_estimate.py``, where most cases lie within a quarter of it; on CUDA assumed."""
+``scripts/bench_estimate.py``, where the cases lie within a fifth of it; on CUDA assumed."""
 ROWS = 1024
 """Tokens of the product that the rate is measured on."""
 HEAD_PASSES = 10

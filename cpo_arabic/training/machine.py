@@ -12,7 +12,7 @@ import torch
 SECONDS = 0.15
 """Of each measurement."""
 ELEMENTS = 1 << 24
-"""Of the tensor that is read and written: 64 MiB, larger than a cache."""
+"""Of the tensor that is read and of that which is written: 64 MiB each."""
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -30,13 +30,14 @@ class Machine:
 
 
 def measure(device: torch.device, rows: int, inner: int, outer: int, dtype: torch.dtype) -> Machine:
-    """Times a (rows, inner) · (inner, outer) product and a sum of two long tensors."""
+    """Times a (rows, inner) · (inner, outer) product, and a sum from one memory into another."""
     left = torch.ones(rows, inner, dtype=dtype, device=device)
     right = torch.ones(inner, outer, dtype=dtype, device=device)
     product = torch.empty(rows, outer, dtype=dtype, device=device)
     seconds = _fastest(lambda: torch.mm(left, right, out=product), device)
     long = torch.ones(ELEMENTS, device=device)
-    passing = _fastest(lambda: long.add_(1.0), device)
+    other = torch.zeros(ELEMENTS, device=device)
+    passing = _fastest(lambda: torch.add(long, 1.0, out=other), device)
     return Machine(
         device=_name(device),
         kind=device.type,
