@@ -81,8 +81,10 @@ def _differentiate_kernel(
     z = tl.where(column == target, 0.0, z)  # −inf where absorb has been; replaced below
     slope = 1.0
     if CAP:
-        bent = z / softcap if CAPPED else _tanh(z / softcap)
-        z, slope = softcap * bent, 1.0 - bent * bent
+        if not CAPPED:  # then as absorb caps, so that kept and recomputed logits are the same bits
+            z = softcap * _tanh(z / softcap)
+        bent = z / softcap
+        slope = 1.0 - bent * bent
     value = tl.exp(z - tl.load(log_sum + row)) * slope
     value = tl.where(column == target, -tl.load(slopes + row), value)
     tl.store(out + row * out_stride + column, value, mask=inside)
