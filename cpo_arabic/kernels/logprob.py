@@ -191,12 +191,12 @@ class TokenLogProbsFunction(torch.autograd.Function):
             hidden, weight, bias, targets, log_sum, rate, slope, *tiles = ctx.saved_tensors
             head = _head(hidden, weight, bias, targets, softcap, scale, trained=needs[1])
             kept = dict(zip(ctx.kept, tiles, strict=True))
-            if ctx.gradient is not None:
-                kept |= _lodgings(head, ctx.gradient)
+            memory, ctx.gradient = ctx.gradient, None
+            if memory is not None:
+                kept |= _lodgings(head, memory)
             elif needs[1]:  # given away by an earlier backward, and its logits with it
-                ctx.gradient = _gradient_memory(head)
-            gradients = _Gradients(head, needs, -grad * rate, scale, ctx.gradient)
-            ctx.gradient = None
+                memory = _gradient_memory(head)
+            gradients = _Gradients(head, needs, -grad * rate, scale, memory)
             _backward(head, body, log_sum, slope, kept, gradients)
             return (*gradients.finish(dtype, bias), *nothing)
 

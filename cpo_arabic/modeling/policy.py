@@ -147,7 +147,8 @@ class Reference:
         self._policy = policy
         if model is not None:
             fuse_norms(model)
-        self._model = model.eval().requires_grad_(False) if model is not None else None
+            model = model.eval().requires_grad_(False)
+        self._model = model
 
     def to(self, device: torch.device) -> None:
         """Moves a model of its own to the device."""

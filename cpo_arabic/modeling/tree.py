@@ -159,8 +159,6 @@ def _one_tree(
     unread = prompt - 1 if dense.is_last_layer else 0
     queries = q[0][:, :, unread:] if unread else q[0]  # a slice of all costs a copy in backward
     yield _padded(dense(queries, k[0], v[0], unread), unread, 0)
-    if len(q) == 1:
-        return
 
     # the keys of the prompt that a branch's first token sees; later tokens see no earlier ones
     seen = prompt if dense.window is None else min(prompt, dense.window - 1)
@@ -172,7 +170,7 @@ def _one_tree(
 
 
 def _padded(output: Tensor, before: int, after: int) -> Tensor:
-    """(1, tokens, H, d) with zeros before and after."""
+    """(1, tokens, H, d) with zeros before and after; itself for none, where ``F.pad`` copies."""
     return F.pad(output, (0, 0, 0, 0, before, after)) if before or after else output
 
 

@@ -143,10 +143,9 @@ class LargestTensor(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                size = value.untyped_storage().nbytes() // value.element_size()
-                self.elements = max(self.elements, size)
+        for value in _tensors(result):
+            size = value.untyped_storage().nbytes() // value.element_size()
+            self.elements = max(self.elements, size)
         return result
 
 
@@ -165,12 +164,18 @@ class AllocatedBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in given:
-                self._seen[value.untyped_storage()._cdata] = value.untyped_storage()
+        for storage in (tensor.untyped_storage() for tensor in _tensors(result)):
+            if storage._cdata not in given:
+                self._seen[storage._cdata] = storage
         return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those of an operator's arguments or results."""
+    listed = values if isinstance(values, tuple | list) else [values]
+    return [value for value in listed if isinstance(value, Tensor)]
 
 
 @contextmanager
