@@ -47,9 +47,9 @@ def token_log_probs(
         bias: (V,) of the head, if it has one.
         softcap: logits become softcap · tanh(logits / softcap).
         scale: factor on the logits, before the cap.
-        memory_budget: bytes of logits that a head which needs a gradient may keep for backward
-            beside those of the first D rows, which lie where the gradient of ``weight`` is going
-            to be; what is not kept is computed again. A frozen head keeps none.
+        memory_budget: bytes of exponentials that a head which needs a gradient may keep for
+            backward beside those of the first D rows, which lie where the gradient of ``weight``
+            is going to be; what is not kept is computed again. A frozen head keeps none.
         backend: see the package.
 
     Returns:

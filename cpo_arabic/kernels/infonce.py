@@ -34,7 +34,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cpo_arabic.kernels.common import Scratch, accumulation_dtype, spans, without_autocast
+from cpo_arabic.kernels.common import (
+    LOG2_E,
+    Scratch,
+    accumulation_dtype,
+    spans,
+    without_autocast,
+)
 from cpo_arabic.kernels.reference import excluded_pairs
 
 TILE_ELEMENTS = 1 << 19
@@ -208,7 +214,7 @@ class TiledBody:
             similarity.sub_(floor[:, None])
             for index in reversed(range(len(scales))):
                 target = similarity if index == 0 else weights.take(*similarity.shape)
-                torch.mul(similarity, scales[index], out=target).exp_()
+                torch.mul(similarity, scales[index] * LOG2_E, out=target).exp2_()
                 decay = (peak - floor).mul_(scales[index]).exp_()
                 totals[index].mul_(decay).add_(target.sum(1))
                 if sums is not None:
@@ -229,7 +235,8 @@ class TiledBody:
             part = gradient[start : start + len(rows)].zero_()
             for sign, scale, total in zip((1.0, -1.0), problem.scales, totals, strict=False):
                 factor = sign * scale * rate / total.masked_fill(total == 0, 1.0)
-                part.addmm_(torch.exp(similarity * scale).T, q * factor[:, None])
+                weights = (similarity * (scale * LOG2_E)).exp2_()
+                part.addmm_(weights.T, q * factor[:, None])
             start += len(rows)
         return gradient
 

@@ -19,13 +19,16 @@ Three modes, chosen by what needs a gradient. T rows, D features, V tokens; mult
     nothing            2·D·V·T    running maximum and sum only
     hidden only        4·D·V·T    forward accumulates U = Σ p_v cap'_v W_v beside the sum, (T, D) is
     (frozen head)                 all that is saved, backward multiplies it by the incoming gradient
-    weight or bias     6·D·V·T    backward reads the logits that were kept,
+    weight or bias     6·D·V·T    backward reads the exponentials that were kept,
     (trained head)     8·D·V·T    and recomputes the others
 
+What is kept of a tile is exp(z_v − m) cap'_v with m (T,) the running maximum of then: backward
+multiplies it by exp(m − LSE), one number a row, and takes no exponential again.
+
 Backward goes vocabulary tile by vocabulary tile, so a slice of W's gradient is complete before the
-next is begun and nothing accumulates in a dtype below float32. Hence logits can wait for backward
+next is begun and nothing accumulates in a dtype below float32. Hence a tile can wait for backward
 where that slice is going to be: the (V, D) memory of W's gradient, which the end of backward needs
-in any case, is taken in forward and holds the logits of the first D rows (D / 2 if W is bfloat16).
+in any case, is taken in forward and holds the tiles of the first D rows (D / 2 if W is bfloat16).
 Of the other rows, as many tiles as fit in ``memory_budget`` bytes are kept.
 
 Shapes: T rows, D features, V tokens, t rows of one tile, v tokens of one tile
@@ -44,6 +47,7 @@ from torch.autograd.function import once_differentiable
 from cpo_arabic.kernels.common import (
     Scratch,
     accumulation_dtype,
+    exponentials_,
     multiply,
     spans,
     without_autocast,
@@ -57,7 +61,9 @@ CUDA_TILES = 8
 TILE_TOKENS = (512, 8192)
 """Fewest and most tokens of one tile."""
 MEMORY_BUDGET = 64 << 20
-"""Bytes of logits that are kept by default beside those in the memory of W's gradient."""
+"""Bytes of tiles that are kept by default beside those in the memory of W's gradient."""
+NO_PEAK = -1e30
+"""Maximum of no logits; finite, since −inf − −inf is not a number."""
 
 
 class Head(NamedTuple):
@@ -69,7 +75,7 @@ class Head(NamedTuple):
     targets: Tensor  # (T,)
     softcap: float | None
     native: bool  # bfloat16 products with float32 accumulation: CUDA, and no scale to round
-    lodged: int  # first rows, whose logits wait in the memory of W's gradient
+    lodged: int  # first rows, whose tiles wait in the memory of W's gradient
 
     def weights(self, token: int, token_end: int, converted: Scratch) -> Tensor:
         """(v, D) rows of the head in the dtype that products take."""
@@ -101,32 +107,21 @@ class Body(Protocol):
         total: Tensor,
         *,
         softcap: float | None,
-        out: Tensor,
         pulling: bool,
     ) -> Tensor:
         """Adds a tile to the running (t,) ``peak`` and ``total``; (t,) factor on older sums.
 
-        ``out`` may be ``logits`` itself. Where it is not, the logits are left capped, with −inf at
-        the targets. Where ``pulling``, ``out`` gets exp(logits − peak) times the cap's slope, and
-        0 at the targets; otherwise its content is of no account.
+        Where ``pulling``, the logits become exp(z − peak) cap', and 0 at the targets; otherwise
+        what becomes of them is of no account. The first ``peak`` is finite: :data:`NO_PEAK`.
         """
         ...
 
     def differentiate(
-        self,
-        logits: Tensor,
-        local: Tensor,
-        log_sum: Tensor,
-        slope: Tensor,
-        *,
-        softcap: float | None,
-        capped: bool,
-        out: Tensor,
+        self, pull: Tensor, local: Tensor, factor: Tensor, slope: Tensor, out: Tensor
     ) -> None:
-        """``out`` = p_v cap'_v, and −cap'_y (``slope``) at the targets.
+        """``out`` = p_v cap'_v, which is ``pull`` times (t,) ``factor``; −``slope`` at targets.
 
-        ``capped`` logits are as ``absorb`` left them and stay as they are; others are raw, and
-        ``out`` may be the same memory.
+        ``out`` may be ``pull`` itself.
         """
         ...
 
@@ -154,13 +149,14 @@ class TokenLogProbsFunction(torch.autograd.Function):
             ctx.gradient = _gradient_memory(head) if needs_weight else None
             target_weight = weight.index_select(0, targets).to(head.hidden.dtype)  # (T, D)
             target_logit, target_slope = _target_logits(head, target_weight)
-            log_sum, pulled, kept = _forward(
+            found = _forward(
                 head,
                 body,
                 needs_hidden and not trained,
                 ctx.gradient,
                 memory_budget if trained else 0,
             )
+            log_sum, pulled = found.log_sum, found.pulled
             gap = log_sum - target_logit
             rate = torch.sigmoid(gap)
             direction = None
@@ -169,9 +165,10 @@ class TokenLogProbsFunction(torch.autograd.Function):
                 direction.mul_((rate * scale)[:, None])
         if trained:
             ctx.save_for_backward(
-                hidden, weight, bias, targets, log_sum, rate, target_slope, *kept.values()
-            )
-            ctx.kept = list(kept)
+                hidden, weight, bias, targets, log_sum, rate, target_slope, found.peaks,
+                *found.kept.values(),
+            )  # fmt: skip
+            ctx.kept = list(found.kept)
         else:
             ctx.save_for_backward(direction)
         ctx.settings = (softcap, scale, body, hidden.dtype)
@@ -188,21 +185,21 @@ class TokenLogProbsFunction(torch.autograd.Function):
             if not (needs[1] or needs[2]):
                 (direction,) = ctx.saved_tensors
                 return ((grad[:, None] * direction).to(dtype), None, None, *nothing)
-            hidden, weight, bias, targets, log_sum, rate, slope, *tiles = ctx.saved_tensors
+            hidden, weight, bias, targets, log_sum, rate, slope, peaks, *tiles = ctx.saved_tensors
             head = _head(hidden, weight, bias, targets, softcap, scale, trained=needs[1])
             kept = dict(zip(ctx.kept, tiles, strict=True))
             memory, ctx.gradient = ctx.gradient, None
             if memory is not None:
                 kept |= _lodgings(head, memory)
-            elif needs[1]:  # given away by an earlier backward, and its logits with it
+            elif needs[1]:  # given away by an earlier backward, and its tiles with it
                 memory = _gradient_memory(head)
             gradients = _Gradients(head, needs, -grad * rate, scale, memory)
-            _backward(head, body, log_sum, slope, kept, gradients)
+            _backward(head, body, peaks, log_sum, slope, kept, gradients)
             return (*gradients.finish(dtype, bias), *nothing)
 
 
 def lodged_rows(rows: int, features: int, weight_bytes: int, logit_bytes: int = 4) -> int:
-    """How many of ``rows`` tokens have their logits in the memory of a trained W's gradient."""
+    """How many of ``rows`` tokens have their tiles in the memory of a trained W's gradient."""
     return min(rows, features * weight_bytes // logit_bytes)
 
 
@@ -235,7 +232,7 @@ def _gradient_memory(head: Head) -> Tensor:
 
 
 def _lodgings(head: Head, gradient: Tensor) -> dict[Tile, Tensor]:
-    """Logits of each tile of the lodged rows, in the slice of W's gradient of the same tokens."""
+    """Each tile of the lodged rows, in the slice of W's gradient of the same tokens."""
     if not head.lodged:
         return {}
     found = {}
@@ -259,21 +256,30 @@ def _target_logits(head: Head, target_weight: Tensor) -> tuple[Tensor, Tensor]:
     return head.softcap * bent, 1 - bent * bent
 
 
+class _Forward(NamedTuple):
+    """What the pass over the tiles has found."""
+
+    log_sum: Tensor  # (T,) over the non-targets
+    peaks: Tensor  # (tiles along V, T) running maximum that each tile's exponentials are over
+    pulled: Tensor | None  # (T, D) Σ p_v cap'_v W_v, where wanted
+    kept: dict[Tile, Tensor]  # (t, v) exponentials, in memory of their own
+
+
 def _forward(
     head: Head, body: Body, want_pulled: bool, gradient: Tensor | None, budget: int
-) -> tuple[Tensor, Tensor | None, dict[Tile, Tensor]]:
-    """(T,) log-sum-exp over the non-targets, (T, D) Σ p cap' W where wanted, the tiles kept."""
+) -> _Forward:
     lodgings = {} if gradient is None else _lodgings(head, gradient)
     h = head.hidden
     log_sum = h.new_empty(len(h))
+    peaks = h.new_empty(len(list(_token_spans(head))), len(h))
     pulled = torch.zeros_like(h) if want_pulled else None
     kept: dict[Tile, Tensor] = {}
     work, converted = Scratch(h, h.dtype), Scratch(h, h.dtype)
     for row, row_end in _row_spans(head):
-        peak = h.new_full((row_end - row,), -math.inf)
+        peak = h.new_full((row_end - row,), NO_PEAK)
         total = torch.zeros_like(peak)
         into = None if pulled is None else pulled[row:row_end]
-        for token, token_end in _token_spans(head):
+        for index, (token, token_end) in enumerate(_token_spans(head)):
             tile = Tile(row, row_end, token, token_end)
             weight = head.weights(token, token_end, converted)
             scratch = work.take(row_end - row, token_end - token)
@@ -286,19 +292,21 @@ def _forward(
             local = head.targets[row:row_end] - token
             decay = body.absorb(
                 logits, local, peak, total,
-                softcap=head.softcap, out=scratch, pulling=into is not None,
+                softcap=head.softcap, pulling=want_pulled or logits is not scratch,
             )  # fmt: skip
+            peaks[index, row:row_end] = peak
             if into is not None:
-                multiply(scratch, weight, into.mul_(decay[:, None]), accumulate=True)
+                multiply(logits, weight, into.mul_(decay[:, None]), accumulate=True)
         log_sum[row:row_end] = total.log() + peak
         if into is not None:
             into.div_(total.masked_fill(total == 0, 1.0)[:, None])
-    return log_sum, pulled, kept
+    return _Forward(log_sum, peaks, pulled, kept)
 
 
 def _backward(
     head: Head,
     body: Body,
+    peaks: Tensor,
     log_sum: Tensor,
     slope: Tensor,
     kept: dict[Tile, Tensor],
@@ -307,24 +315,23 @@ def _backward(
     """Feeds every tile of ∂(−log p / σ(gap))/∂z to ``gradients``, vocabulary outermost."""
     h = head.hidden
     work, converted = Scratch(h, h.dtype), Scratch(h, h.dtype)
-    for token, token_end in _token_spans(head):
+    factors = (peaks - log_sum).exp_()
+    for index, (token, token_end) in enumerate(_token_spans(head)):
         weight = head.weights(token, token_end, converted)
         part = gradients.begin(token, token_end)
         for row, row_end in _row_spans(head):
             tile = Tile(row, row_end, token, token_end)
+            local = head.targets[row:row_end] - token
             out = work.take(row_end - row, token_end - token)
-            logits = kept.get(tile)
-            if logits is None:
-                _product(head, tile, weight, out)
-            body.differentiate(
-                out if logits is None else logits,
-                head.targets[row:row_end] - token,
-                log_sum[row:row_end],
-                slope[row:row_end],
-                softcap=head.softcap,
-                capped=logits is not None,
-                out=out,
-            )
+            pull = kept.get(tile)
+            if pull is None:  # by forward's own steps, so that it gets the same bits
+                pull = out
+                _product(head, tile, weight, pull)
+                peak = peaks[index, row:row_end].clone()
+                body.absorb(
+                    pull, local, peak, torch.zeros_like(peak), softcap=head.softcap, pulling=True
+                )
+            body.differentiate(pull, local, factors[index, row:row_end], slope[row:row_end], out)
             gradients.add(tile, out, weight, part)
         gradients.end(token, token_end, part)
 
@@ -417,7 +424,6 @@ class TiledBody:
         total: Tensor,
         *,
         softcap: float | None,
-        out: Tensor,
         pulling: bool,
     ) -> Tensor:
         slope = None
@@ -427,34 +433,18 @@ class TiledBody:
             logits.mul_(softcap)
         _put_at_target(logits, local, torch.full_like(peak, -math.inf))
         raised = torch.maximum(peak, logits.amax(1))
-        floor = raised.masked_fill(raised == -math.inf, 0.0)  # −inf − −inf is not a number
-        torch.sub(logits, floor[:, None], out=out).exp_()
-        decay = (peak - floor).exp_()
-        total.mul_(decay).add_(out.sum(1))
+        exponentials_(logits, raised)
+        decay = (peak - raised).exp_()
+        total.mul_(decay).add_(logits.sum(1))
         peak.copy_(raised)
         if slope is not None:
-            out.mul_(slope)
+            logits.mul_(slope)
         return decay
 
     def differentiate(
-        self,
-        logits: Tensor,
-        local: Tensor,
-        log_sum: Tensor,
-        slope: Tensor,
-        *,
-        softcap: float | None,
-        capped: bool,
-        out: Tensor,
+        self, pull: Tensor, local: Tensor, factor: Tensor, slope: Tensor, out: Tensor
     ) -> None:
-        bend = None
-        if softcap is not None:
-            if not capped:
-                logits = torch.div(logits, softcap, out=out).tanh_().mul_(softcap)
-            bend = (logits / softcap).square_().neg_().add_(1.0)
-        torch.sub(logits, log_sum[:, None], out=out).exp_()
-        if bend is not None:
-            out.mul_(bend)
+        torch.mul(pull, factor[:, None], out=out)
         _put_at_target(out, local, -slope)
 
 

@@ -29,10 +29,10 @@ def _tanh(x):
 
 @triton.jit
 def _absorb_kernel(
-    logits, out, local, peak, total, decay, columns, logits_stride, out_stride, softcap,
-    CAPPED: tl.constexpr, KEEP: tl.constexpr, PULL: tl.constexpr, BLOCK: tl.constexpr,
+    logits, local, peak, total, decay, columns, stride, softcap,
+    CAPPED: tl.constexpr, PULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: running peak and total; KEEP writes capped logits back, PULL fills ``out``."""
+    """One row: running peak and total; PULL overwrites the logits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(local + row)
     old = tl.load(peak + row)
@@ -40,53 +40,39 @@ def _absorb_kernel(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
-        at = logits + row * logits_stride + column
-        z = tl.load(at, mask=inside, other=float("-inf"))
+        z = tl.load(logits + row * stride + column, mask=inside, other=float("-inf"))
         if CAPPED:
             z = softcap * _tanh(z / softcap)
         z = tl.where(inside & (column != target), z, float("-inf"))
-        if KEEP:
-            tl.store(at, z, mask=inside)
         raised = tl.maximum(best, tl.max(z, 0))
-        floor = tl.where(raised == float("-inf"), 0.0, raised)
-        mass = mass * tl.exp(best - floor) + tl.sum(tl.exp(z - floor), 0)
+        mass = mass * tl.exp(best - raised) + tl.sum(tl.exp(z - raised), 0)
         best = raised
-    floor = tl.where(best == float("-inf"), 0.0, best)
     tl.store(peak + row, best)
     tl.store(total + row, mass)
-    tl.store(decay + row, tl.exp(old - floor))
+    tl.store(decay + row, tl.exp(old - best))
     if PULL:
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < columns
-            z = tl.load(logits + row * logits_stride + column, mask=inside, other=0.0)
+            at = logits + row * stride + column
+            z = tl.load(at, mask=inside, other=0.0)
             slope = 1.0
             if CAPPED:
                 bent = _tanh(z / softcap)
                 z, slope = softcap * bent, 1.0 - bent * bent
-            value = tl.where(column != target, tl.exp(z - floor) * slope, 0.0)
-            tl.store(out + row * out_stride + column, value, mask=inside)
+            tl.store(at, tl.where(column != target, tl.exp(z - best) * slope, 0.0), mask=inside)
 
 
 @triton.jit
 def _differentiate_kernel(
-    logits, out, local, log_sum, slopes, columns, logits_stride, out_stride, softcap,
-    CAP: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    pull, out, local, factors, slopes, columns, pull_stride, out_stride, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    target = tl.load(local + row)
-    z = tl.load(logits + row * logits_stride + column, mask=inside, other=0.0)
-    z = tl.where(column == target, 0.0, z)  # −inf where absorb has been; replaced below
-    slope = 1.0
-    if CAP:
-        if not CAPPED:  # then as absorb caps, so that kept and recomputed logits are the same bits
-            z = softcap * _tanh(z / softcap)
-        bent = z / softcap
-        slope = 1.0 - bent * bent
-    value = tl.exp(z - tl.load(log_sum + row)) * slope
-    value = tl.where(column == target, -tl.load(slopes + row), value)
+    value = tl.load(pull + row * pull_stride + column, mask=inside, other=0.0)
+    value *= tl.load(factors + row)
+    value = tl.where(column == tl.load(local + row), -tl.load(slopes + row), value)
     tl.store(out + row * out_stride + column, value, mask=inside)
 
 
@@ -101,36 +87,24 @@ class TritonBody:
         total: Tensor,
         *,
         softcap: float | None,
-        out: Tensor,
         pulling: bool,
     ) -> Tensor:
         rows, columns = logits.shape
         decay = torch.empty_like(peak)
-        keep = logits.data_ptr() != out.data_ptr()
         _absorb_kernel[(rows,)](
-            logits, out, local, peak, total, decay, columns, logits.stride(0), out.stride(0),
-            softcap or 1.0, CAPPED=softcap is not None, KEEP=keep, PULL=pulling,
-            BLOCK=_block(columns),
+            logits, local, peak, total, decay, columns, logits.stride(0), softcap or 1.0,
+            CAPPED=softcap is not None, PULL=pulling, BLOCK=_block(columns),
         )  # fmt: skip
         return decay
 
     def differentiate(
-        self,
-        logits: Tensor,
-        local: Tensor,
-        log_sum: Tensor,
-        slope: Tensor,
-        *,
-        softcap: float | None,
-        capped: bool,
-        out: Tensor,
+        self, pull: Tensor, local: Tensor, factor: Tensor, slope: Tensor, out: Tensor
     ) -> None:
-        rows, columns = logits.shape
+        rows, columns = pull.shape
         block = _block(columns)
         _differentiate_kernel[(rows, triton.cdiv(columns, block))](
-            logits, out, local, log_sum, slope, columns, logits.stride(0), out.stride(0),
-            softcap or 1.0, CAP=softcap is not None, CAPPED=capped, BLOCK=block,
-        )  # fmt: skip
+            pull, out, local, factor, slope, columns, pull.stride(0), out.stride(0), BLOCK=block
+        )
 
 
 def _block(columns: int) -> int:
