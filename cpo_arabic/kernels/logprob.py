@@ -52,6 +52,7 @@ from cpo_arabic.kernels.common import (
     spans,
     without_autocast,
 )
+from cpo_arabic.kernels.memory import gradient_memory
 
 TILE_ROWS = 1024
 TILE_ELEMENTS = 1 << 20
@@ -227,8 +228,8 @@ def _head(
 
 def _gradient_memory(head: Head) -> Tensor:
     """(V, D) of W's dtype; of undefined content, or zeros where no row is going to write there."""
-    make = head.weight.new_empty if len(head.hidden) else head.weight.new_zeros
-    return make(head.weight.shape)
+    memory = gradient_memory(head.weight)
+    return memory if len(head.hidden) else memory.zero_()
 
 
 def _lodgings(head: Head, gradient: Tensor) -> dict[Tile, Tensor]:

@@ -3,7 +3,8 @@
 T tokens make ``pairs`` chosen completions and as many rejected ones, all of one length; the loss
 is −log σ(0.1·(log π chosen − log π rejected)), averaged over the pairs. Case ``trained``:
 gradients of the hidden states and the head; ``frozen``: of the hidden states alone, as with an
-adapter. Peak memory is over what was in use before the call: inputs are not in it, gradients are.
+adapter. Peak memory is over what was in use before any call: inputs are not in it; gradients are,
+and so is what a variant keeps from one call to the next.
 
 Shapes: T tokens, D features, V vocabulary
 """
@@ -184,10 +185,12 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
 
 def work(pipe: Any, settings: Settings, trained: bool, variant: str, truth: Path) -> None:
     """One variant in its own process."""
-    turns, inputs = Turns(pipe, anew=True), Inputs.draw(settings, trained)
-    function, leaves = table(settings)[variant].function, inputs.leaves()
+    turns, function = Turns(pipe, warm=True), table(settings)[variant].function
     error: float | None = None
-    for _ in range(1 + settings.repeats):
+    for number in range(1 + settings.repeats):
+        if number < 2:  # the first turn compiles; its inputs go, with all that hangs on them
+            inputs = Inputs.draw(settings, trained)
+            leaves = inputs.leaves()
         turns.begin()
         loss = function(inputs)
         gradients = torch.autograd.grad(loss, list(leaves.values()))

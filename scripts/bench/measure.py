@@ -65,17 +65,18 @@ class Turns:
     Args:
         pipe: to the parent.
         device: whose memory is measured.
-        anew: peak memory is over what was in use before the turn, rather than before the first.
+        warm: peak memory is over what was in use before the second turn, with all compiled, rather
+            than before the first.
     """
 
-    def __init__(self, pipe: Any, device: str = "cpu", *, anew: bool = False) -> None:
-        self._pipe, self._device, self._anew = pipe, device, anew
+    def __init__(self, pipe: Any, device: str = "cpu", *, warm: bool = False) -> None:
+        self._pipe, self._device = pipe, device
         self._before: float | None = None
-        self._first = True
+        self._number, self._baselines = 0, (0, 1) if warm else (0,)
 
     def begin(self) -> None:
         """Wait for the turn; the clock runs from here."""
-        if self._first or self._anew:
+        if self._number in self._baselines:
             settle()
             self._before = memory_mib(self._device)
         self._pipe.recv()
@@ -90,7 +91,7 @@ class Turns:
         peak = memory_mib(self._device, peak=True)
         extra = None if peak is None or self._before is None else peak - self._before
         self._cost = {"wall_seconds": wall, "cpu_seconds": cpu, "peak_mib": extra}
-        self._first = False
+        self._number += 1
 
     def tell(self, **facts: Any) -> None:
         """Send the turn's cost, with what else is known."""

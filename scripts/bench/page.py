@@ -44,8 +44,9 @@ too); the profiler's own cost is in it."""
 HEAD_TEXT = """\
 −log σ(0.1·(log π chosen − log π rejected)) from hidden states ({tokens} tokens, {dim} features)
 and a head ({head_vocab} × {dim}), forward and backward; {pairs} pairs. `trained`: gradients of
-both; `frozen`: of the hidden states alone. Peak memory is over what was in use before the call. ×
-floor: over 6 (trained) or 4 (frozen) products of tokens, features and vocabulary."""
+both; `frozen`: of the hidden states alone. Peak memory is over what was in use before any call, so
+that what a variant keeps between calls is in it. × floor: over 6 (trained) or 4 (frozen) products
+of tokens, features and vocabulary."""
 QUEUE_TEXT = """\
 {queries} queries against one positive each and a queue of {queue} × {queue_dim}, forward and
 backward to the queries. `plain` is MoCo's loss; `concentration 0.5` weights hard negatives, which

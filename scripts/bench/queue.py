@@ -170,7 +170,7 @@ def measure(name: str, wanted: list[str], settings: Settings, watch: Watch) -> d
 def work(pipe: Any, settings: Settings, case: str, variant: str, truth: Path) -> None:
     """One variant in its own process."""
     function, form, _ = table(case)[variant]
-    turns, inputs = Turns(pipe, anew=True), Inputs.draw(settings, form)
+    turns, inputs = Turns(pipe, warm=True), Inputs.draw(settings, form)
     true = load_file(truth)["queries"]
     for _turn in range(1 + settings.repeats):
         turns.begin()
