@@ -1,4 +1,4 @@
-"""The two products over something large: a vocabulary, a queue of keys; and a norm.
+"""The two products over something large: a vocabulary, a queue of keys; and two small layers.
 
 Plain tensors in, plain tensors out. Each product exists three times with one meaning:
 
@@ -23,8 +23,9 @@ from cpo_arabic.kernels import logprob as _logprob
 from cpo_arabic.kernels.common import Backend, choose_backend
 from cpo_arabic.kernels.reference import eager_infonce, eager_token_log_probs
 from cpo_arabic.kernels.rms_norm import rms_norm
+from cpo_arabic.kernels.swiglu import swiglu
 
-__all__ = ["Backend", "InfoNCEOutput", "infonce", "rms_norm", "token_log_probs"]
+__all__ = ["Backend", "InfoNCEOutput", "infonce", "rms_norm", "swiglu", "token_log_probs"]
 
 
 def token_log_probs(

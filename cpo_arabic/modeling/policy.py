@@ -18,7 +18,7 @@ from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.errors import ModelError
 from cpo_arabic.kernels import token_log_probs
 from cpo_arabic.modeling.encoder import EmbeddingSettings, embed, pool_keys, pool_queries
-from cpo_arabic.modeling.norm import fuse_norms
+from cpo_arabic.modeling.layers import fuse_layers
 from cpo_arabic.modeling.tree import hidden_states
 
 
@@ -90,7 +90,7 @@ class Policy(nn.Module):
         self, model: nn.Module, projection: nn.Module | None, embedding: EmbeddingSettings
     ) -> None:
         super().__init__()
-        fuse_norms(model)
+        fuse_layers(model)
         self.model = model
         self.projection = projection
         self.embedding = embedding
@@ -146,7 +146,7 @@ class Reference:
     def __init__(self, policy: Policy, model: nn.Module | None = None) -> None:
         self._policy = policy
         if model is not None:
-            fuse_norms(model)
+            fuse_layers(model)
             model = model.eval().requires_grad_(False)
         self._model = model
 

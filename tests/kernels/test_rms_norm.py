@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpo_arabic.kernels import rms_norm
-from cpo_arabic.modeling.norm import SAME_FORMULA, fuse_norms
+from cpo_arabic.modeling.layers import NORMS, fuse_layers
 
 from .cases import gradients, relative, saved_shapes
 
@@ -48,7 +48,7 @@ def test_gradcheck_passes() -> None:
     assert torch.autograd.gradcheck(lambda *both: rms_norm(*both, 1e-2), (x, weight))
 
 
-@pytest.mark.parametrize("name", SAME_FORMULA)
+@pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_a_models_layer_computes_the_same_with_no_larger_error(
@@ -66,7 +66,7 @@ def test_a_models_layer_computes_the_same_with_no_larger_error(
     plain = norm(x)
     results = [(exact, *gradients(exact, wide, upstream))]
     results.append((plain, *gradients(plain, [x, norm.weight], upstream)))
-    fuse_norms(norm)
+    fuse_layers(norm)
     ours = norm(x)
     assert ours.grad_fn is not None and "_RMSNorm" in ours.grad_fn.name()
     results.append((ours, *gradients(ours, [x, norm.weight], upstream)))
