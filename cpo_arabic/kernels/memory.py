@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _idle: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight → blocks that nothing uses
@@ -20,10 +20,10 @@ _idle: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight → blocks 
 def gradient_memory(weight: Tensor) -> Tensor:
     """A tensor like ``weight``, of undefined content.
 
-    On a CPU it may lie where an earlier one of the same weight was, all of whose views are gone.
-    The memory goes when the weight does.
+    Of a plain tensor on a CPU it may lie where an earlier one of the same weight was, all of whose
+    views are gone. The memory goes when the weight does.
     """
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
         return torch.empty_like(weight, memory_format=torch.contiguous_format)
     idle: list[Tensor] = _idle.setdefault(weight, [])  # type: ignore[no-untyped-call]
     block = idle.pop() if idle else torch.empty(weight.nbytes, dtype=torch.uint8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpo_arabic.kernels import memory, token_log_probs
 from cpo_arabic.kernels.memory import gradient_memory
@@ -29,6 +31,15 @@ def test_it_is_like_the_weight_and_another_weights_is_left_alone() -> None:
     at = gradient_memory(one).data_ptr()
     assert gradient_memory(other).data_ptr() != at
     assert gradient_memory(one).data_ptr() == at
+
+
+def test_a_tensor_without_storage_gets_one_of_its_kind() -> None:
+    """As the estimate's are: they have a shape and say that they are on the CPU."""
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(1 << 20, 1 << 20))
+    found = gradient_memory(weight)
+    assert isinstance(found, FakeTensor)
+    assert found.shape == weight.shape
 
 
 def test_it_goes_when_the_weight_does() -> None:
