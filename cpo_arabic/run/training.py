@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from cpo_arabic.config import CPOConfig
-from cpo_arabic.data.pack import PreferenceBatch
+from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
 from cpo_arabic.data.tokenize import PreferenceDataset
 from cpo_arabic.files import write_whole
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
@@ -33,10 +33,7 @@ from cpo_arabic.run.identity import check_identity, settings_identity
 from cpo_arabic.run.messages import levelled
 from cpo_arabic.run.reference import tabulate
 from cpo_arabic.run.stream import stream
-from cpo_arabic.training.checkpoint import (
-    CheckpointStore,
-    write_folder,
-)
+from cpo_arabic.training.checkpoint import CheckpointStore, write_folder
 from cpo_arabic.training.engine import Engine
 from cpo_arabic.training.evaluation import SamplePrompt
 from cpo_arabic.training.metrics import MetricsFile
@@ -65,6 +62,24 @@ class Result:
     summary: dict[str, Any]
 
 
+class _Inputs(NamedTuple):
+    """What is read before the run claims its directory."""
+
+    tokenizer: Any
+    records: run_data.Records | None  # None where rows are streamed
+    train: PreferenceDataset
+    held_out: PreferenceDataset | None
+
+
+class _Rows(NamedTuple):
+    """What the loop draws its batches from."""
+
+    groups: run_data.Groups
+    held_out: run_data.Groups | None
+    schedule: Schedule
+    collate: Callable[[Sequence[TokenizedGroup]], PreferenceBatch]
+
+
 def train(
     config: CPOConfig, observer: Observer, *, resume: bool = False, stop: StopRequest | None = None
 ) -> Result:
@@ -88,6 +103,16 @@ def train(
     accelerator = build_accelerator(config)
     if not accelerator.is_main_process:
         observer = SilentObserver()
+    inputs = _inputs(config, observer)
+    claim = claimed(directory.root) if accelerator.is_main_process else nullcontext()
+    with explained(config), claim:
+        return _run(
+            config, directory, accelerator, inputs, observer,
+            resume=resume, stop=stop or StopRequest(),
+        )  # fmt: skip
+
+
+def _inputs(config: CPOConfig, observer: Observer) -> _Inputs:
     observer.stage("loading the tokenizer")
     tokenizer = run_model.tokenizer_of(config)
     observer.stage("reading the data")
@@ -104,23 +129,14 @@ def train(
     _tell(train_set, observer)
     if held_out is not None:
         _tell(held_out, observer, "held out: ")
-
-    claim = claimed(directory.root) if accelerator.is_main_process else nullcontext()
-    with explained(config), claim:
-        return _run(
-            config, directory, accelerator, tokenizer, records, train_set, held_out,
-            observer, resume=resume, stop=stop or StopRequest(),
-        )  # fmt: skip
+    return _Inputs(tokenizer, records, train_set, held_out)
 
 
 def _run(
     config: CPOConfig,
     directory: RunDirectory,
     accelerator: Accelerator,
-    tokenizer: Any,
-    records: run_data.Records | None,
-    train_set: PreferenceDataset,
-    held_out: PreferenceDataset | None,
+    inputs: _Inputs,
     observer: Observer,
     *,
     resume: bool,
@@ -134,49 +150,35 @@ def _run(
         check_identity(checkpoint, settings)
     observer.stage("loading the model")
     saved = checkpoint.folder if checkpoint else None
-    policy = run_model.build_policy(config, tokenizer, saved=saved)
-    reference = run_model.build_reference(config, policy, tokenizer)
+    policy = run_model.build_policy(config, inputs.tokenizer, saved=saved)
+    reference = run_model.build_reference(config, policy, inputs.tokenizer)
     # Whatever could refuse this run has had its say: an earlier one may be replaced now.
     if accelerator.is_main_process:
         if not resume:
             empty(directory.root)
         config.to_yaml(directory.config)
-    train_set = _enriched(config, accelerator, tokenizer, records, train_set, observer)
-    groups = run_data.groups(config, train_set)
-    held = run_data.groups(config, held_out) if held_out is not None else None
-    schedule = run_data.schedule(config, len(groups), accelerator.num_processes)
-    identity = {**settings, "rows": len(groups), "data": run_data.fingerprint(groups)}
+    rows = _rows(config, accelerator, inputs, observer)
+    fingerprint = run_data.fingerprint(rows.groups)
+    identity = {**settings, "rows": len(rows.groups), "data": fingerprint}
     if checkpoint is not None:
         check_identity(checkpoint, identity)
     engine, optimizer = _engine(config, accelerator, policy, reference)
-    collate = run_data.collation(config, tokenizer)
-    eval_reference = tabulate(config, engine, collate, directory, observer, groups, held, schedule)
+    eval_reference = tabulate(
+        config, engine, rows.collate, directory, observer,
+        rows.groups, rows.held_out, rows.schedule,
+    )  # fmt: skip
     if config.data.sanity_check and checkpoint is None:
         observer.stage("sanity check")
-        rows = partial(_fixed_batches, groups, collate, config)
-        check_learning(engine, rows, learning_rate=config.training.learning_rate)
+        batches = partial(_fixed_batches, rows, config)
+        check_learning(engine, batches, learning_rate=config.training.learning_rate)
     trainer = Trainer(
-        engine,
-        optimizer,
-        WindowLoader(
-            source=groups,
-            schedule=schedule,
-            order=run_data.order(config, groups),
-            collate=collate,
-            workers=config.training.dataloader_num_workers,
-            rank=accelerator.process_index,
-        ),
-        _held_out_pass(config, accelerator, collate, held),
-        _settings(config, schedule),
-        store,
-        MetricsFile(directory.metrics),
-        observer,
-        identity=identity,
-        tokenizer=tokenizer,
-        samples=_samples(held, tokenizer) if config.data.generate_during_eval and held else [],
-        stop=stop,
-        eval_reference=eval_reference,
-    )
+        engine, optimizer, _loader(config, accelerator, rows),
+        _held_out_pass(config, accelerator, rows), _settings(config, rows.schedule),
+        store, MetricsFile(directory.metrics), observer,
+        identity=identity, tokenizer=inputs.tokenizer,
+        samples=_samples(config, rows, inputs.tokenizer),
+        stop=stop, eval_reference=eval_reference,
+    )  # fmt: skip
     if checkpoint is not None:
         trainer.resume(checkpoint)
     _start_trackers(config, accelerator, directory)
@@ -186,25 +188,32 @@ def _run(
         accelerator.end_training()
     summary: dict[str, Any] = {}
     if outcome.stopped_by is None and accelerator.is_main_process:
-        summary = _finish(config, directory, engine, tokenizer, outcome, trainer)
+        summary = _finish(config, directory, engine, inputs.tokenizer, outcome, trainer)
     return Result(directory=directory, outcome=outcome, summary=summary)
 
 
+def _rows(
+    config: CPOConfig, accelerator: Accelerator, inputs: _Inputs, observer: Observer
+) -> _Rows:
+    groups = run_data.groups(config, _enriched(config, accelerator, inputs, observer))
+    return _Rows(
+        groups,
+        run_data.groups(config, inputs.held_out) if inputs.held_out is not None else None,
+        run_data.schedule(config, len(groups), accelerator.num_processes),
+        run_data.collation(config, inputs.tokenizer),
+    )
+
+
 def _enriched(
-    config: CPOConfig,
-    accelerator: Accelerator,
-    tokenizer: Any,
-    records: run_data.Records | None,
-    train_set: PreferenceDataset,
-    observer: Observer,
+    config: CPOConfig, accelerator: Accelerator, inputs: _Inputs, observer: Observer
 ) -> PreferenceDataset:
     """The training rows with mined negatives and twins, tokenised anew where there are any."""
     asked = config.data.create_hard_negatives or config.data.augment_data
-    if not asked or records is None:
-        return train_set
+    if not asked or inputs.records is None:
+        return inputs.train
     with accelerator.main_process_first():
-        rows = enrich(config, records.train, observer)
-    enriched = run_data.tokenize(config, rows, tokenizer)
+        rows = enrich(config, inputs.records.train, observer)
+    enriched = run_data.tokenize(config, rows, inputs.tokenizer)
     _tell(enriched, observer)
     return enriched
 
@@ -215,16 +224,27 @@ def _tell(dataset: PreferenceDataset, observer: Observer, prefix: str = "") -> N
         observer.stage(prefix + line)
 
 
+def _loader(config: CPOConfig, accelerator: Accelerator, rows: _Rows) -> WindowLoader:
+    return WindowLoader(
+        source=rows.groups,
+        schedule=rows.schedule,
+        order=run_data.order(config, rows.groups),
+        collate=rows.collate,
+        workers=config.training.dataloader_num_workers,
+        rank=accelerator.process_index,
+    )
+
+
 def _held_out_pass(
-    config: CPOConfig, accelerator: Accelerator, collate: Any, held: run_data.Groups | None
+    config: CPOConfig, accelerator: Accelerator, rows: _Rows
 ) -> Callable[[], Iterator[PreferenceBatch]] | None:
     """A fresh pass over this rank's held-out batches at every call."""
-    if held is None:
+    if rows.held_out is None:
         return None
     return partial(
         run_data.held_out_batches,
-        held,
-        collate,
+        rows.held_out,
+        rows.collate,
         config.training.eval_batch_size or config.training.batch_size,
         accelerator.process_index,
         accelerator.num_processes,
@@ -296,21 +316,22 @@ def _settings(config: CPOConfig, schedule: Schedule) -> TrainerSettings:
     )
 
 
-def _fixed_batches(
-    groups: run_data.Groups, collate: Any, config: CPOConfig
-) -> list[PreferenceBatch]:
+def _fixed_batches(rows: _Rows, config: CPOConfig) -> list[PreferenceBatch]:
     """The first ``sanity_check_size`` rows in batches of the training's size."""
-    size, rows = config.training.batch_size, min(config.data.sanity_check_size, len(groups))
+    size = config.training.batch_size
+    last = min(config.data.sanity_check_size, len(rows.groups))
     return [
-        collate([groups.group(row, 0) for row in range(start, min(start + size, rows))])
-        for start in range(0, rows, size)
+        rows.collate([rows.groups.group(row, 0) for row in range(start, min(start + size, last))])
+        for start in range(0, last, size)
     ]
 
 
-def _samples(held: run_data.Groups, tokenizer: Any) -> list[SamplePrompt]:
+def _samples(config: CPOConfig, rows: _Rows, tokenizer: Any) -> list[SamplePrompt]:
+    if not config.data.generate_during_eval or rows.held_out is None:
+        return []
     found = []
-    for row in range(min(SAMPLES, len(held))):
-        group = held.group(row, 0)
+    for row in range(min(SAMPLES, len(rows.held_out))):
+        group = rows.held_out.group(row, 0)
         chosen, rejected = (
             tokenizer.decode(ids, skip_special_tokens=True) for ids in group.completion_ids[:2]
         )
