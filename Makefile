@@ -29,7 +29,7 @@ check: $(BIN)/.cpo-arabic-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Ours beside its peers, in an environment of their own: about 25 minutes, which rewrite docs/bench and
+# Ours beside its peers, in an environment of their own: about half an hour, which rewrites docs/bench and
 # the README's numbers. `make bench QUICK=1` takes four, on smaller shapes, and writes to runs/bench.
 bench: $(BENCH)/.cpo-arabic-bench
 	$(BENCH)/python -m scripts.bench $(if $(QUICK),--quick --output runs/bench)

@@ -87,7 +87,11 @@ def cases_of(part: str, wanted: list[str]) -> list[str]:
 
 
 def run(plans: list[Plan], about: dict[str, Any], output: Path, console: Console) -> None:
-    """Measures; a part's file is written anew after each of its cases."""
+    """Measures; a part's file is written anew after each of its cases.
+
+    Cases that are not asked for stay in it, if they were measured on this hardware with these
+    settings.
+    """
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -102,17 +106,35 @@ def run(plans: list[Plan], about: dict[str, Any], output: Path, console: Console
             return lambda name: progress.update(bar, advance=1, description=f"{where}: {name}")
 
         for plan in plans:
-            record = {**about, "settings": vars(plan.settings), "cases": []}
+            path = output / f"{plan.part}.json"
+            fresh = {**about, "settings": vars(plan.settings), "cases": []}
+            record = continued(path, fresh, plan.cases)
             if plan.part == "step":
                 record["unsupported"] = step.unsupported()
             for case in plan.cases:
                 found = plan.measure(case, watching(f"{plan.part} {case}"))
-                record["cases"].append(found)
+                record["cases"] = in_order(plan.part, [*record["cases"], found])
                 text = json.dumps(record, indent=1, ensure_ascii=False)
-                write_whole(output / f"{plan.part}.json", text + "\n")
+                write_whole(path, text + "\n")
                 console.print(f"{plan.part} {case}: {found.get('note', 'measured')}")
                 ended += plan.turns(case)
                 progress.update(bar, completed=ended)  # turns that a note stands for, too
+
+
+def continued(path: Path, record: dict[str, Any], cases: list[str]) -> dict[str, Any]:
+    """``record``, with all but ``cases`` of an earlier one if they can stand side by side."""
+    if not path.exists():
+        return record
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    kept = [case for case in earlier["cases"] if case["case"] not in cases]
+    same = all(earlier.get(name) == record[name] for name in ("hardware", "quick", "settings"))
+    return record | {"command": earlier["command"], "cases": kept} if kept and same else record
+
+
+def in_order(part: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the part lists its cases; the others after them."""
+    known = list(PARTS[part].CASES)
+    return sorted(cases, key=lambda c: known.index(c["case"]) if c["case"] in known else len(known))
 
 
 def main(

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cpo_arabic.data.pack import TokenizedGroup
 from scripts.bench import cost, goals, head, law, measure, ours, page, profile, queue, step, table
+from scripts.bench.__main__ import continued, in_order
 from scripts.bench.cases import ROOT, Case, Shape
 
 SHAPE = Shape(hidden=32, layers=1, vocab=100)
@@ -227,6 +228,21 @@ def shown(records: goals.Records) -> str:
     table.show(records, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_a_case_measured_again_takes_its_place_among_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "head.json"
+    fresh = {"command": "b", "hardware": "h", "quick": False, "settings": {"dim": 8}, "cases": []}
+    assert continued(path, fresh, ["trained"]) == fresh
+    cases = [{"case": "trained", "at": 1}, {"case": "frozen", "at": 1}]
+    path.write_text(json.dumps(fresh | {"command": "a", "cases": cases}))
+    found = continued(path, fresh, ["trained"])
+    assert found == fresh | {"command": "a", "cases": [{"case": "frozen", "at": 1}]}
+    assert in_order("head", [*found["cases"], {"case": "trained", "at": 2}])[0]["at"] == 2
+    assert continued(path, fresh, ["trained", "frozen"]) == fresh
+    for name, other in (("hardware", "g"), ("quick", True), ("settings", {"dim": 9})):
+        changed = fresh | {name: other}
+        assert continued(path, changed, ["trained"]) == changed
 
 
 def test_a_goal_is_held_against_the_peers_fastest_setting() -> None:
