@@ -26,6 +26,7 @@ Shapes: B queries, N live keys, Q queue entries, D dimensions, n keys of one til
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -267,21 +268,20 @@ class TiledBody:
 class _Suspects:
     """Finds the few queue entries that some query must not see, without comparing all pairs.
 
-    A binary search in the queries' sorted texts and prompts costs Q·log B where the comparison
-    costs B·Q. It reads positions back to the host, so only the CPU takes it; elsewhere all pairs
-    are compared.
+    Looking up the low bits of every entry's text and prompt costs Q where the comparison costs
+    B·Q; those that it finds are compared. Positions are read back to the host, so only the CPU
+    takes it; elsewhere all pairs are compared.
     """
 
     def __init__(self, query_labels: Tensor, labels: Tensor) -> None:
         self._query_labels, self._labels = query_labels, labels
-        self._columns: Tensor | None = None
+        self._columns: list[int] | None = None
         if labels.device.type == "cpu":
-            tables = [query_labels[:, column].sort().values for column in (1, 2)]
-            found = [
-                start + _among(labels[start:stop, 1:], tables).nonzero()[:, 0]
-                for start, stop in spans(len(labels), SUSPECTS_AT_ONCE)
-            ]
-            self._columns = torch.cat(found) if found else labels.new_empty(0)
+            self._columns = []
+            for start, stop in spans(len(labels), SUSPECTS_AT_ONCE):
+                alike = _alike(query_labels[:, 1:], labels[start:stop, 1:]).nonzero()[:, 0] + start
+                excluded = excluded_pairs(query_labels, labels[alike]).any(0)
+                self._columns += alike[excluded].tolist()
 
     def mask(self, similarity: Tensor, start: int, stop: int) -> Tensor | int:
         """Puts −inf at the excluded pairs of queue entries start … stop; (B,) how many fell."""
@@ -289,22 +289,23 @@ class _Suspects:
             excluded = excluded_pairs(self._query_labels, self._labels[start:stop])
             similarity.masked_fill_(excluded, -math.inf)
             return excluded.sum(1)
-        bounds = torch.searchsorted(self._columns, torch.tensor([start, stop])).tolist()
-        columns = self._columns[slice(*bounds)]
-        if not len(columns):
+        first, last = (bisect_left(self._columns, bound) for bound in (start, stop))
+        if first == last:
             return 0
+        columns = torch.tensor(self._columns[first:last])
         excluded = excluded_pairs(self._query_labels, self._labels[columns])
-        columns = columns - start
+        columns -= start
         similarity[:, columns] = similarity[:, columns].masked_fill_(excluded, -math.inf)
         return excluded.sum(1)
 
 
-def _among(values: Tensor, tables: list[Tensor]) -> Tensor:
-    """(n,) whether any column of ``values`` (n, C) is found in its own sorted table."""
-    found = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    for column, table in zip(values.T, tables, strict=True):
-        place = torch.searchsorted(table, column.contiguous()).clamp_max_(len(table) - 1)
-        found |= table[place] == column
+def _alike(own: Tensor, others: Tensor) -> Tensor:
+    """(n,) whether ``others`` (n, C) has a value with the low bits of one of ``own`` (B, C)."""
+    low_bits = (1 << (256 * len(own)).bit_length()) - 1  # chance finds fewer than 1 in 256
+    found = torch.zeros(len(others), dtype=torch.bool, device=others.device)
+    for mine, theirs in zip(own.T, others.T, strict=True):
+        seen = found.new_zeros(low_bits + 1).index_fill_(0, mine & low_bits, True)
+        found |= seen[theirs & low_bits]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 from itertools import product
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 
 from cpo_arabic.kernels import infonce
 from cpo_arabic.kernels.infonce import TILE_ELEMENTS
+from cpo_arabic.kernels.reference import excluded_pairs
 
 from .cases import ContrastCase, LargestTensor, gradients, relative, saved_shapes
 
@@ -185,6 +187,25 @@ def test_the_tile_size_does_not_matter(tile: int) -> None:
     case = ContrastCase.random(5, 15, 200, 8, concentration=0.5, margin=0.1)
     for got, expected in zip(case.run(tile=tile), case.run(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_how_the_queue_is_searched_for_what_a_query_must_not_see_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In parts, and by low bits that all labels share."""
+    module = importlib.import_module("cpo_arabic.kernels.infonce")
+    for factor in (1, 1 << 40):
+        case = ContrastCase.random(4, 12, 90, 8)
+        assert case.queue_labels is not None
+        labels = (case.query_labels, case.key_labels, case.queue_labels)
+        own, keys, queue = (each * factor for each in labels)
+        case = replace(case, query_labels=own, key_labels=keys, queue_labels=queue)
+        excluded = excluded_pairs(own, queue)
+        assert excluded[:, :50].any() and excluded[:, 50:].any() and not excluded.all(0).any()
+        truth = case.run(backend="eager").loss
+        for at_once in (7, 1 << 16):
+            monkeypatch.setattr(module, "SUSPECTS_AT_ONCE", at_once)
+            assert relative(case.run(backend="tiled").loss, truth) < 1e-13
 
 
 def test_two_halves_of_the_queue_add_up() -> None:
