@@ -7,7 +7,9 @@ dealt out, so that one rank or two with the same global batch take the same step
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
+
+STOPS = {signal.SIGTERM, signal.SIGINT}
 
 
 class GroupSource(Protocol):
@@ -88,9 +92,25 @@ def rank_share(
     return (mine, True) if mine else ([micro_batches[0]], False)
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals to stop wait, in this thread and in the processes that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _apart(_worker: int) -> None:
-    """Moves a loader process out of reach of signals that mean the whole group, such as Ctrl-C."""
+    """Moves a loader process out of reach of signals that mean the whole group, such as Ctrl-C.
+
+    One that came while the process was starting meant the group, too.
+    """
     os.setpgrp()
+    while came := signal.sigpending() & STOPS:
+        signal.sigwait(came)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class _Windows(Dataset[Share]):
@@ -146,10 +166,13 @@ class WindowLoader:
         dataset = _Windows(
             self.source, windows, self.collate, epoch, self.rank, self.schedule.world_size
         )
-        yield from DataLoader(
+        loader = DataLoader(
             dataset,
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_apart,
             pin_memory=torch.cuda.is_available(),
         )
+        with _held_back():
+            shares = iter(loader)
+        yield from shares

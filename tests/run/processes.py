@@ -155,6 +155,8 @@ def _main(
     from cpo_arabic.cli import main
 
     os.setpgrp()  # the group is this run's
+    # how a command from a shell starts its loaders, not how this process was started
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     for name in [name for name in os.environ if name.startswith("CPO_ARABIC_")]:
         del os.environ[name]
     os.environ.update(environment, COLUMNS="200", NO_COLOR="1")
@@ -175,6 +177,16 @@ def _main(
 def die() -> None:
     """SIGKILL, at just this line."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_children_slowly(started: Path) -> None:
+    """Each process that the run forks says that it is there, and then takes a second."""
+
+    def wait() -> None:
+        started.touch()
+        time.sleep(1)
+
+    os.register_at_fork(after_in_child=wait)
 
 
 def die_before_the_manifest() -> None:

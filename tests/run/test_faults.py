@@ -12,6 +12,7 @@ import signal
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,25 @@ def test_a_signal_to_the_whole_group_leaves_the_loader_processes_alone(
     assert command.status() == 143, command.err
     assert "Traceback" not in command.err
     assert command.err.count("stopping after this step") == 1
+
+
+@pytest.mark.skipif(get_all_start_methods()[0] != "fork", reason="loaders are not forked here")
+@pytest.mark.parametrize(("sent", "ends_with"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_group_while_its_loader_processes_start_is_meant_for_the_run(
+    toy_model: Path, tmp_path: Path, sent: signal.Signals, ends_with: int
+) -> None:
+    config = write_config(
+        tmp_path / "c.yaml", toy_model, *LONG, "training.dataloader_num_workers=2"
+    )
+    started = tmp_path / "started"
+    hook = functools.partial(processes.start_children_slowly, started)
+    command = Command(tmp_path, "train", config, hook=hook)
+    command.wait_for(started.exists)
+    command.send(sent, group=True)
+    assert command.status() == ends_with, command.err
+    assert "Traceback" not in command.err
+    assert command.err.count("stopping after this step") == 1
+    assert saved(tmp_path / "run") == [1]
 
 
 def test_the_first_ctrl_c_is_graceful_and_the_second_at_once(
