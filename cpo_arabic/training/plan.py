@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -173,6 +173,6 @@ class WindowLoader:
             worker_init_fn=_apart,
             pin_memory=torch.cuda.is_available(),
         )
-        with _held_back():
+        with _held_back() if self.workers else nullcontext():
             shares = iter(loader)
         yield from shares
