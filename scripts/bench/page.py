@@ -64,8 +64,7 @@ Peak memory of a step over the process before the model was loaded, and its seco
 before any weight is read, and then measured (hidden {hidden}, {layers} layers, vocabulary
 {vocabulary}, the demo's rows). The aim is a ratio within {tolerance} of 1; what glibc keeps of
 freed memory comes on top, and under bf16 on a CPU what oneDNN allocates, which no tensor shows.
-Weights are mapped from their file, so a frozen embedding's rows that no token names are never
-resident: under LoRA less is measured than is predicted."""
+Weights are mapped from their file; what of them no step has read counts as measured."""
 GOALS_TEXT = """\
 Errors are ours, relative to float64. The last column is the ratio that ours would have if it took
 no longer than its floor: the physical limit."""
