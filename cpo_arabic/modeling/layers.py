@@ -18,8 +18,6 @@ NORMS = (
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen2MoeMLP", "Qwen3MLP", "Qwen3MoeMLP")
 """Classes of transformers that compute what the kernels do; the others stay as they are."""
 
-Forward = Callable[[Tensor], Tensor]
-
 
 def fuse_layers(model: nn.Module) -> None:
     """Gives each layer that a kernel can compute a forward of its own; repeating changes nothing.
@@ -42,7 +40,10 @@ def _forward_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
 
 
 def _forward(
-    module: Any, ours: Callable[[Any, Tensor], Tensor], plain: Forward, hidden_states: Tensor
+    module: Any,
+    ours: Callable[[Any, Tensor], Tensor],
+    plain: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,
 ) -> Tensor:
     if torch.compiler.is_compiling():
         return plain(hidden_states)

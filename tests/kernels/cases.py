@@ -5,6 +5,7 @@ Shapes: T tokens, D features, V vocabulary, B queries, N live keys, Q queue entr
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -126,6 +127,13 @@ class ContrastCase:
 
     def run(self, **options: Any) -> InfoNCEOutput:
         return infonce(**vars(self), **options)
+
+
+def layer_class(name: str) -> Any:
+    """The transformers class of that name, such as ``Qwen2MoeMLP``."""
+    family = name.removesuffix("RMSNorm").removesuffix("MLP")
+    folder = {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}.get(family, family.lower())
+    return getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
 
 
 def gradients(

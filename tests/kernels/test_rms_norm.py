@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from cpo_arabic.kernels import rms_norm
 from cpo_arabic.modeling.layers import NORMS, fuse_layers
 
-from .cases import gradients, relative, saved_shapes
+from .cases import gradients, layer_class, relative, saved_shapes
 
 SHAPES = [(37, 16), (1, 1, 7), (2, 5, 3, 33), (0, 8)]
 
@@ -54,10 +52,7 @@ def test_gradcheck_passes() -> None:
 def test_a_models_layer_computes_the_same_with_no_larger_error(
     name: str, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
-    family = name.removesuffix("RMSNorm")
-    folder = {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}.get(family, family.lower())
-    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    norm = getattr(module, name)(32, eps=1e-5).to(weight_dtype)
+    norm = layer_class(name)(32, eps=1e-5).to(weight_dtype)
     torch.nn.init.normal_(norm.weight, 1.0, 0.3)
     x = torch.randn(2, 9, 32).to(dtype).requires_grad_()
     wide = [x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()]

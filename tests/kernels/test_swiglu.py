@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from types import SimpleNamespace
 
@@ -14,20 +13,17 @@ from torch.nn import functional as F
 from cpo_arabic.kernels import swiglu
 from cpo_arabic.modeling.layers import MLPS, fuse_layers
 
-from .cases import gradients, saved_shapes
+from .cases import gradients, layer_class, saved_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def layer(name: str, activation: str = "silu") -> nn.Module:
     """A small MLP of that transformers class."""
-    family = name.removesuffix("MLP")
-    folder = {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}.get(family, family.lower())
-    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     config = SimpleNamespace(
         hidden_size=8, intermediate_size=12, hidden_act=activation, mlp_bias=False
     )
-    found: nn.Module = getattr(module, name)(config)
+    found: nn.Module = layer_class(name)(config)
     return found
 
 
