@@ -136,10 +136,10 @@ class Gauge:
         self._begin()
 
     def stepped(self, step: int, _record: dict[str, Any] | None) -> None:
+        self.seconds.append(time.process_time() - self._started)
         peak = memory_mib("cpu", peak=True)
         if peak is not None and self.before is not None:
             self.peaks.append(peak - self.before + unread_mib())
-        self.seconds.append(time.process_time() - self._started)
         if step == self.steps:
             raise EnoughError
         self._begin()
