@@ -67,7 +67,7 @@ def completion_log_probs(
     head = causal_lm(model).get_output_embeddings()
     config = causal_lm(model).config
     each = token_log_probs(
-        hidden.flatten(0, 1)[predictors],
+        rows_at(hidden.flatten(0, 1), predictors),
         head.weight,
         targets,
         bias=getattr(head, "bias", None),
@@ -76,6 +76,16 @@ def completion_log_probs(
     wide = sum_dtype(each.device)
     sums = each.new_zeros(len(batch.completion_lengths), dtype=wide)
     return sums.index_add(0, owners, each.to(wide))
+
+
+def rows_at(states: Tensor, index: Tensor) -> Tensor:
+    """states[index], (N, H) and (T) → (T, H), whose gradient has the same bits every time.
+
+    The completions of a group share their first token's predictor. Where an index repeats, the
+    gradients of PyTorch's indexing are added in a fixed order on CUDA, but on a CPU as threads
+    happen to come; ``index_select`` does it the other way round.
+    """
+    return states[index] if states.is_cuda else states.index_select(0, index)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
