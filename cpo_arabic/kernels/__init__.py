@@ -1,4 +1,4 @@
-"""The two products over something large: a vocabulary, a queue of keys; and two small layers.
+"""The two products over something large: a vocabulary, a queue of keys; and three layers.
 
 Plain tensors in, plain tensors out. Each product exists three times with one meaning:
 
@@ -21,11 +21,16 @@ from torch import Tensor
 from cpo_arabic.kernels import infonce as _infonce
 from cpo_arabic.kernels import logprob as _logprob
 from cpo_arabic.kernels.common import Backend, choose_backend
+from cpo_arabic.kernels.linear import linear
+from cpo_arabic.kernels.products import product
 from cpo_arabic.kernels.reference import eager_infonce, eager_token_log_probs
 from cpo_arabic.kernels.rms_norm import rms_norm
 from cpo_arabic.kernels.swiglu import swiglu
 
-__all__ = ["Backend", "InfoNCEOutput", "infonce", "rms_norm", "swiglu", "token_log_probs"]
+__all__ = [
+    "Backend", "InfoNCEOutput", "infonce", "linear", "product", "rms_norm", "swiglu",
+    "token_log_probs",
+]  # fmt: skip
 
 
 def token_log_probs(

@@ -51,22 +51,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """``out`` (+)= left · right, accumulated in ``out``'s dtype.
-
-    A ``right`` in a lower dtype stays so, and ``left`` follows it: CUDA's bfloat16 product with
-    float32 accumulation and output. The CPU has none, so its callers convert ``right`` first.
-    """
-    if right.dtype == out.dtype:
-        out.addmm_(left, right, beta=float(accumulate))
-        return
-    product = torch.mm(left.to(right.dtype), right, out_dtype=out.dtype)
-    if accumulate:
-        out.add_(product)
-    else:
-        out.copy_(product)
-
-
 def exponentials_(values: Tensor, peak: Tensor) -> None:
     """``values`` (t, v) become exp(values − peak), with one finite ``peak`` (t,) a row.
 

@@ -42,6 +42,7 @@ from cpo_arabic.kernels.common import (
     spans,
     without_autocast,
 )
+from cpo_arabic.kernels.products import multiply
 from cpo_arabic.kernels.reference import excluded_pairs
 
 TILE_ELEMENTS = 1 << 19
@@ -219,7 +220,8 @@ class TiledBody:
                 decay = (peak - floor).mul_(scales[index]).exp_()
                 totals[index].mul_(decay).add_(target.sum(1))
                 if sums is not None:
-                    sums[index].mul_(decay[:, None]).addmm_(target, rows)
+                    into = sums[index].mul_(decay[:, None])
+                    multiply(target, rows, into, accumulate=True)
             peak = raised
         if sums is not None:
             sums /= totals.masked_fill(totals == 0, 1.0)[:, :, None]
@@ -237,7 +239,7 @@ class TiledBody:
             for sign, scale, total in zip((1.0, -1.0), problem.scales, totals, strict=False):
                 factor = sign * scale * rate / total.masked_fill(total == 0, 1.0)
                 weights = (similarity * (scale * LOG2_E)).exp2_()
-                part.addmm_(weights.T, q * factor[:, None])
+                multiply(weights.T, q * factor[:, None], part, accumulate=True)
             start += len(rows)
         return gradient
 
@@ -250,7 +252,8 @@ class TiledBody:
         products, converted = Scratch(q, q.dtype), Scratch(q, q.dtype)
         for start, stop in spans(len(problem.keys), self._tile_keys(q, problem.keys)):
             rows = converted.load(problem.keys[start:stop])
-            similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
+            similarity = products.take(len(q), len(rows))
+            multiply(q, rows.T, similarity)
             excluded = excluded_pairs(problem.query_labels, problem.key_labels[start:stop])
             excluded |= problem.positives[:, None] == torch.arange(start, stop, device=q.device)
             yield rows, similarity.masked_fill_(excluded, -math.inf), excluded.sum(1)
@@ -261,7 +264,8 @@ class TiledBody:
             rows = converted.load(problem.queue[start:stop])
             if problem.queue_scale is not None:  # int8, so rows is a copy
                 rows.mul_(problem.queue_scale[start:stop, None])
-            similarity = torch.mm(q, rows.T, out=products.take(len(q), len(rows)))
+            similarity = products.take(len(q), len(rows))
+            multiply(q, rows.T, similarity)
             yield rows, similarity, suspects.mask(similarity, start, stop)
 
 

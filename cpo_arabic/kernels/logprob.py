@@ -48,11 +48,11 @@ from cpo_arabic.kernels.common import (
     Scratch,
     accumulation_dtype,
     exponentials_,
-    multiply,
     spans,
     without_autocast,
 )
 from cpo_arabic.kernels.memory import gradient_memory
+from cpo_arabic.kernels.products import multiply
 
 TILE_ROWS = 1024
 TILE_ELEMENTS = 1 << 20

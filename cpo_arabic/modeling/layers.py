@@ -1,4 +1,4 @@
-"""A transformers model's RMS norms and gated MLPs, computed by our kernels."""
+"""A transformers model's linear layers, RMS norms and gated MLPs, computed by our kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cpo_arabic.kernels import rms_norm, swiglu
+from cpo_arabic.kernels import linear, rms_norm, swiglu
 
 NORMS = (
     "LlamaRMSNorm", "MistralRMSNorm",
@@ -32,6 +33,8 @@ def fuse_layers(model: nn.Module) -> None:
 
 def _forward_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     name = type(module).__name__
+    if type(module) is nn.Linear:
+        return _linear
     if name in NORMS:
         return _norm
     if name in MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
@@ -48,6 +51,12 @@ def _forward(
     if torch.compiler.is_compiling():
         return plain(hidden_states)
     return ours(module, hidden_states)
+
+
+def _linear(module: Any, hidden_states: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return F.linear(hidden_states, module.weight, module.bias)
+    return linear(hidden_states, module.weight, module.bias)
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:

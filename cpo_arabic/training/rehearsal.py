@@ -28,6 +28,7 @@ LAYERS = 3
 
 _DEVICE = torch.ops.prim.device.default
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ONEDNN = "mkldnn::_linear_pointwise"
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -121,6 +122,9 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shapes = [x.shape for x in args[:4] if isinstance(x, Tensor)]
         if packet in flop_registry:
             self._work += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif func.name() == _ONEDNN:
+            rows, features = args[0].shape
+            self._work += 2 * rows * features * len(args[1])
         elif packet is _ATTENTION:
             self._work += sdpa_flop_count(*shapes[:3])  # type: ignore[no-untyped-call]
         elif packet is _ATTENTION_BACKWARD:

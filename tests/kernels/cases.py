@@ -6,6 +6,7 @@ Shapes: T tokens, D features, V vocabulary, B queries, N live keys, Q queue entr
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -157,17 +158,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-class AllocatedBytes(TorchDispatchMode):
-    """Adds up what the operators inside the block allocate, of a MiB and more at a time."""
+class PeakBytes(TorchDispatchMode):
+    """The most that is held at once of what operators in the block allocate, MiBs at a time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
-
-    @property
-    def large(self) -> int:
-        """Bytes."""
-        return sum(size for each in self._seen.values() if (size := each.nbytes()) >= 1 << 20)
+        self._alive: dict[int, int] = {}  # storage → bytes
+        self.large = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -175,8 +172,11 @@ class AllocatedBytes(TorchDispatchMode):
         given = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
         result = func(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in _tensors(result)):
-            if storage._cdata not in given:
-                self._seen[storage._cdata] = storage
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._alive and size >= 1 << 20:
+                self._alive[key] = size
+                weakref.finalize(storage, self._alive.pop, key)
+        self.large = max(self.large, sum(self._alive.values()))
         return result
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cpo_arabic.kernels import logprob, token_log_probs
 from cpo_arabic.training.footprint import head_work
 
-from .cases import AllocatedBytes, HeadCase, LargestTensor, gradients, relative, saved_shapes
+from .cases import HeadCase, LargestTensor, PeakBytes, gradients, relative, saved_shapes
 
 # ragged against every tile size, a single token, a vocabulary smaller than a tile
 SHAPES = [(37, 16, 1301), (1, 7, 513), (70, 33, 50)]
@@ -238,10 +238,10 @@ def test_the_work_is_what_the_estimate_counts(
 
 
 def test_logits_in_the_memory_of_the_gradient_need_none_of_their_own() -> None:
-    """Forward and backward allocate the gradient, a tile and what is small."""
+    """Forward and backward hold the gradient, a product, a tile and what is small."""
     case = HeadCase.random(64, 64, 30000).to(torch.float32)
     inputs = case.inputs("hw")
-    with AllocatedBytes() as allocated:
+    with PeakBytes() as allocated:
         gradients(case.run(memory_budget=0), inputs, torch.ones(64))
     gradient, tile = 4 * 64 * 30000, 4 * logprob.TILE_ELEMENTS
     assert gradient < allocated.large <= gradient + 2 * tile
