@@ -71,6 +71,9 @@ no longer than its floor: the physical limit."""
 SUMMARY_TEXT = """\
 Each peer in its fastest supported setting, the same work on both sides, loss and gradient checked
 against float64; ratios of CPU seconds and of peak memory in one run, the goal in brackets.
+Where the processor is not Intel's, our large float32 products run on oneDNN, the peers' on MKL,
+where PyTorch sends them; on an Intel processor all run on MKL, and the ratios are smaller. The
+rows against TRL were measured before that, all of their products on MKL.
 {about}
 Everything that was measured, with the physical floor of each figure, is in
 [docs/bench](docs/bench/README.md). `make bench` measures it anew."""
