@@ -72,8 +72,8 @@ SUMMARY_TEXT = """\
 Each peer in its fastest supported setting, the same work on both sides, loss and gradient checked
 against float64; ratios of CPU seconds and of peak memory in one run, the goal in brackets.
 Where the processor is not Intel's, our large float32 products run on oneDNN, the peers' on MKL,
-where PyTorch sends them; on an Intel processor all run on MKL, and the ratios are smaller. The
-rows against TRL were measured before that, all of their products on MKL.
+where PyTorch sends them; on an Intel processor all run on MKL, and the ratios are smaller. Each run
+names the speed of our products in it: one far below the others was made before they left MKL.
 {about}
 Everything that was measured, with the physical floor of each figure, is in
 [docs/bench](docs/bench/README.md). `make bench` measures it anew."""
@@ -144,9 +144,10 @@ def summary(records: Records) -> str:
 
 
 def _about(records: Records) -> str:
-    """Command, hardware and versions of the runs, once where they are the same."""
+    """Command, hardware, versions and speed of the runs, once where they are the same."""
     texts = [
-        f"Measured with `{record['command']}` on {_machine(record['hardware'])}."
+        f"Measured with `{record['command']}` on {_machine(record['hardware'])}, "
+        f"matrix products at {record['matmul_gflops_per_second']:.0f} GFLOP/s."
         for part, record in records.items()
         if part in MEASURED
     ]

@@ -158,13 +158,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-class PeakBytes(TorchDispatchMode):
-    """The most that is held at once of what operators in the block allocate, MiBs at a time."""
+class AllocatedBytes(TorchDispatchMode):
+    """What operators in the block allocate of a MiB and more: in all, and the most held at once."""
 
     def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, int] = {}  # storage → bytes
-        self.large = 0
+        self.total = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -175,8 +175,9 @@ class PeakBytes(TorchDispatchMode):
             key, size = storage._cdata, storage.nbytes()
             if key not in given and key not in self._alive and size >= 1 << 20:
                 self._alive[key] = size
+                self.total += size
                 weakref.finalize(storage, self._alive.pop, key)
-        self.large = max(self.large, sum(self._alive.values()))
+        self.peak = max(self.peak, sum(self._alive.values()))
         return result
 
 

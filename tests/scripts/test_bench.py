@@ -218,7 +218,8 @@ def recorded(**variants: dict[str, Any]) -> goals.Records:
         "floor_seconds": 0.5,
         "variants": {names[name]: value for name, value in variants.items()},
     }
-    about = {"command": "x", "hardware": {"processor": "p", "cores": 2, "python": "3"}}
+    hardware = {"processor": "p", "cores": 2, "python": "3"}
+    about = {"command": "x", "hardware": hardware, "matmul_gflops_per_second": 99.6}
     settings = vars(step.Settings())
     return {"step": {**about, "tolerance": {}, "settings": settings, "cases": [case]}}
 
