@@ -121,7 +121,7 @@ def infonce(
         queue_labels: (Q, 3), with a queue.
         queue_scale: (Q,) float32, factor of each int8 row.
         backend: see the package.
-        tile: keys of one tile of the tiled backend; chosen from B if not given.
+        tile: keys of one tile; chosen from B and D if not given.
 
     Returns:
         :class:`InfoNCEOutput`; its loss is float32, or float64 where ``queries`` is float64.
@@ -135,9 +135,8 @@ def infonce(
         return InfoNCEOutput(*eager_infonce(queries, keys, *labels, *numbers))
     if not torch.is_grad_enabled():
         queries, keys = queries.detach(), keys.detach()
-    body = _infonce_body(name, tile)
     outputs = _infonce.InfoNCEFunction.apply(  # type: ignore[no-untyped-call]
-        queries, keys, *labels, *numbers, body
+        queries, keys, *labels, *numbers, tile, _infonce_body(name)
     )
     return InfoNCEOutput(*outputs)
 
@@ -150,25 +149,21 @@ def _logprob_body(name: Backend) -> _logprob.Body:
     return TritonBody()
 
 
-def _infonce_body(name: Backend, tile: int | None) -> _infonce.Body:
+def _infonce_body(name: Backend) -> _infonce.Body:
     if name == "tiled":
-        return _infonce.TiledBody(tile)
+        return _infonce.TiledBody()
     from cpo_arabic.kernels.triton_infonce import TritonBody
 
     return TritonBody()
 
 
 def _infonce_backend(asked: Backend, queries: Tensor) -> Backend:
-    """The Triton kernel keeps a row in registers and accumulates in float32; "auto" respects it."""
+    """Triton passes a kernel's factors as float32; "auto" respects that."""
     name = choose_backend(asked, queries)
-    suits = queries.shape[1] <= _infonce.TRITON_MAX_DIM and queries.dtype != torch.float64
-    if name == "triton" and not suits:
+    if name == "triton" and queries.dtype == torch.float64:
         if asked == "auto":
             return "tiled"
-        raise ValueError(
-            f"backend triton takes up to {_infonce.TRITON_MAX_DIM} dimensions below float64, "
-            f"not {queries.shape[1]} in {queries.dtype}"
-        )
+        raise ValueError("backend triton computes InfoNCE in float32, and the queries are float64")
     return name
 
 

@@ -29,7 +29,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,14 +47,14 @@ from cpo_arabic.kernels.products import multiply
 from cpo_arabic.kernels.reference import excluded_pairs
 
 TILE_ELEMENTS = 1 << 19
-"""Similarities of one tile: 2 MiB in float32, about a core's second-level cache."""
+"""Similarities of one tile on a CPU: 2 MiB in float32, about a core's second-level cache."""
 TILE_KEYS = (128, 8192)
 """Fewest and most keys of one tile: fewer starve the product, more gain nothing."""
 CONVERTED_ELEMENTS = 1 << 20
 """Elements of a tile of keys that is converted from a lower dtype: 4 MiB in float32."""
+CUDA_TILES = 8
+"""How much larger all these may be on CUDA: within the second-level cache, few launches."""
 SUSPECTS_AT_ONCE = 1 << 16
-TRITON_MAX_DIM = 512
-"""The Triton kernel holds whole rows of queries and sums in registers."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,19 @@ class Problem:
     queue_scale: Tensor | None  # (Q,)
     temperature: float
     concentration: float
+    tile: int | None = None  # keys of one tile; from B and D where None
 
     @property
     def scales(self) -> tuple[float, ...]:
         """The sharpnesses at which exponentials are summed: a, and β unless it is 0."""
         sharp = 1 / self.temperature + self.concentration
         return (sharp, self.concentration) if self.concentration else (sharp,)
+
+    @cached_property
+    def suspects(self) -> _Suspects:
+        """The queue's entries that some query must not see."""
+        assert self.queue_labels is not None
+        return _Suspects(self.query_labels, self.queue_labels)
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,35 @@ class Sweep:
     means: Tensor | None  # (S, B, D) Σ_j softmax_j(scale · s) k_j
 
 
-class Body(Protocol):
-    """The two loops that a backend provides."""
+class Tile(NamedTuple):
+    """Some keys, and every query's similarity to them."""
 
-    def sweep(self, problem: Problem, *, want_means: bool) -> Sweep:
-        """Online log-sum-exps at both scales over keys and queue, with mean keys where wanted."""
+    rows: Tensor  # (n, D) in the queries' dtype
+    similarity: Tensor  # (B, n), contiguous; the next tile's, too, so it may be overwritten
+    labels: Tensor  # (n, 3)
+    start: int  # place of the first key among the live ones, or in the queue
+    live: bool
+
+    @property
+    def stop(self) -> int:
+        """Place after the last key."""
+        return self.start + len(self.rows)
+
+
+class Body(Protocol):
+    """The elementwise work on one tile, which a backend provides."""
+
+    def mask(self, problem: Problem, tile: Tile) -> tuple[Tensor, Tensor | int]:
+        """Puts −inf where a key is no negative; (B,) the largest that is left, (B,) negatives."""
         ...
 
-    def key_gradient(self, problem: Problem, peak: Tensor, totals: Tensor, rate: Tensor) -> Tensor:
-        """(N, D): one pass over the keys, none over the queue."""
+    def exponentials(
+        self, similarity: Tensor, floor: Tensor, scales: tuple[float, ...]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each of the S scales, by its index: (B, n) exp(scale · (s − floor)), (B,) its sums.
+
+        What was yielded is no longer valid when the next is; ``similarity`` is written over.
+        """
         ...
 
 
@@ -117,6 +145,7 @@ class InfoNCEFunction(torch.autograd.Function):
         temperature: float,
         margin: float,
         concentration: float,
+        tile: int | None,
         body: Body,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B) losses, hardest negatives' and positives' similarities, from one sweep."""
@@ -124,9 +153,9 @@ class InfoNCEFunction(torch.autograd.Function):
             q = queries.to(accumulation_dtype(queries))
             problem = Problem(
                 q, keys, positives, query_labels, key_labels, queue, queue_labels, queue_scale,
-                temperature, concentration,
+                temperature, concentration, tile,
             )  # fmt: skip
-            result = body.sweep(problem, want_means=ctx.needs_input_grad[0])
+            result = sweep(problem, body, want_means=ctx.needs_input_grad[0])
             positive_key = keys.index_select(0, positives).to(q.dtype)
             positive = (q * positive_key).sum(1)
             gap = _gap(problem, result, positive, margin)
@@ -140,7 +169,7 @@ class InfoNCEFunction(torch.autograd.Function):
             direction, queries, keys, positives, query_labels, key_labels, result.peak,
             result.totals, rate,
         )  # fmt: skip
-        ctx.settings = (temperature, concentration, body)
+        ctx.settings = (temperature, concentration, tile, body)
         ctx.mark_non_differentiable(result.peak, positive)
         return loss, result.peak, positive
 
@@ -151,7 +180,7 @@ class InfoNCEFunction(torch.autograd.Function):
         direction, queries, keys, positives, query_labels, key_labels, peak, totals, rate = (
             ctx.saved_tensors
         )
-        temperature, concentration, body = ctx.settings
+        temperature, concentration, tile, body = ctx.settings
         grad_queries = grad_keys = None
         with without_autocast(queries.device):
             if ctx.needs_input_grad[0]:
@@ -160,13 +189,13 @@ class InfoNCEFunction(torch.autograd.Function):
                 q = queries.to(rate.dtype)
                 problem = Problem(
                     q, keys, positives, query_labels, key_labels, None, None, None,
-                    temperature, concentration,
+                    temperature, concentration, tile,
                 )  # fmt: skip
                 pushed = grad_loss * rate
-                grad_keys = body.key_gradient(problem, peak, totals, pushed)
+                grad_keys = key_gradient(problem, body, peak, totals, pushed)
                 grad_keys.index_add_(0, positives, q * (pushed / -temperature)[:, None])
                 grad_keys = grad_keys.to(keys.dtype)
-        return (grad_queries, grad_keys, *[None] * 10)
+        return (grad_queries, grad_keys, *[None] * 11)
 
 
 def _gap(problem: Problem, result: Sweep, positive: Tensor, margin: float) -> Tensor:
@@ -188,85 +217,112 @@ def _pull(problem: Problem, means: Tensor) -> Tensor:
     return pull.sub_(means[1], alpha=problem.concentration) if len(means) > 1 else pull
 
 
+def sweep(problem: Problem, body: Body, *, want_means: bool) -> Sweep:
+    """Online log-sum-exps at every scale over keys and queue, with mean keys where wanted."""
+    q, scales = problem.queries, problem.scales
+    peak = q.new_full((len(q),), -math.inf)
+    totals = q.new_zeros(len(scales), len(q))
+    count = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    sums = q.new_zeros(len(scales), *q.shape) if want_means else None
+    for tile in _tiles(problem):
+        highest, negatives = body.mask(problem, tile)
+        count += negatives
+        raised = torch.maximum(peak, highest)
+        floor = _finite(raised)
+        for index, weights, total in body.exponentials(tile.similarity, floor, scales):
+            decay = (peak - floor).mul_(scales[index]).exp_()
+            totals[index].mul_(decay).add_(total)
+            if sums is not None:
+                multiply(weights, tile.rows, sums[index].mul_(decay[:, None]), accumulate=True)
+        peak = raised
+    if sums is not None:
+        sums /= totals.masked_fill(totals == 0, 1.0)[:, :, None]
+    return Sweep(peak, totals, count, sums)
+
+
+def key_gradient(
+    problem: Problem, body: Body, peak: Tensor, totals: Tensor, rate: Tensor
+) -> Tensor:
+    """(N, D) Σ_b rate_b (a·p_bj − β·r_bj) q_b, the positives' own term left out."""
+    q, scales = problem.queries, problem.scales
+    gradient = q.new_zeros(problem.keys.shape)
+    floor = _finite(peak)
+    factors = [
+        sign * scale * rate / total.masked_fill(total == 0, 1.0)
+        for sign, scale, total in zip((1.0, -1.0), scales, totals, strict=False)
+    ]
+    for tile in _tiles(problem):
+        body.mask(problem, tile)
+        part = gradient[tile.start : tile.stop]
+        for index, weights, _ in body.exponentials(tile.similarity, floor, scales):
+            multiply(weights.T, q * factors[index][:, None], part, accumulate=True)
+    return gradient
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """0 where there is no negative: −inf − −inf is not a number."""
+    return peak.masked_fill(peak == -math.inf, 0.0)
+
+
+def _tiles(problem: Problem) -> Iterator[Tile]:
+    """The live keys, then the queue."""
+    q = problem.queries
+    products, converted = Scratch(q, q.dtype), Scratch(q, q.dtype)
+
+    def tile(keys: Tensor, labels: Tensor, start: int, stop: int, live: bool) -> Tile:
+        rows = converted.load(keys[start:stop])
+        if not live and problem.queue_scale is not None:  # int8, so rows is a copy
+            rows.mul_(problem.queue_scale[start:stop, None])
+        similarity = products.take(len(q), len(rows))
+        multiply(q, rows.T, similarity)
+        return Tile(rows, similarity, labels[start:stop], start, live)
+
+    for start, stop in spans(len(problem.keys), _tile_keys(problem, problem.keys)):
+        yield tile(problem.keys, problem.key_labels, start, stop, True)
+    if problem.queue is not None and problem.queue_labels is not None:
+        for start, stop in spans(len(problem.queue), _tile_keys(problem, problem.queue)):
+            yield tile(problem.queue, problem.queue_labels, start, stop, False)
+
+
+def _tile_keys(problem: Problem, keys: Tensor) -> int:
+    b, d = problem.queries.shape
+    factor = CUDA_TILES if keys.is_cuda else 1
+    fewest, most = TILE_KEYS
+    fitting = min(factor * TILE_ELEMENTS // max(b, 1), factor * most)
+    if keys.dtype != problem.queries.dtype:
+        fitting = min(fitting, factor * CONVERTED_ELEMENTS // max(d, 1))
+    return problem.tile or max(fitting, fewest)
+
+
 class TiledBody:
-    """Plain PyTorch, tile by tile, on any device."""
+    """Plain PyTorch on one tile, on any device."""
 
-    def __init__(self, tile: int | None = None) -> None:
-        self._tile = tile
+    def __init__(self) -> None:
+        self._spare: Scratch | None = None
 
-    def _tile_keys(self, queries: Tensor, keys: Tensor) -> int:
-        fewest, most = TILE_KEYS
-        b, d = queries.shape
-        fitting = min(TILE_ELEMENTS // max(b, 1), most)
-        if keys.dtype != queries.dtype:
-            fitting = min(fitting, CONVERTED_ELEMENTS // max(d, 1))
-        return self._tile or max(fitting, fewest)
+    def mask(self, problem: Problem, tile: Tile) -> tuple[Tensor, Tensor | int]:
+        similarity = tile.similarity
+        if tile.live:
+            excluded = excluded_pairs(problem.query_labels, tile.labels)
+            places = torch.arange(tile.start, tile.stop, device=similarity.device)
+            excluded |= problem.positives[:, None] == places
+            similarity.masked_fill_(excluded, -math.inf)
+            removed: Tensor | int = excluded.sum(1)
+        else:
+            removed = problem.suspects.mask(similarity, tile.start, tile.stop)
+        return similarity.amax(1), len(tile.rows) - removed
 
-    def sweep(self, problem: Problem, *, want_means: bool) -> Sweep:
-        q, scales = problem.queries, problem.scales
-        peak = q.new_full((len(q),), -math.inf)
-        totals = q.new_zeros(len(scales), len(q))
-        count = q.new_full((len(q),), len(problem.keys) + _rows(problem.queue))
-        sums = q.new_zeros(len(scales), *q.shape) if want_means else None
-        weights = Scratch(q, q.dtype)
-        for rows, similarity, removed in self._tiles(problem):
-            count -= removed
-            raised = torch.maximum(peak, similarity.amax(1))
-            floor = raised.masked_fill(raised == -math.inf, 0.0)  # −inf − −inf is not a number
-            similarity.sub_(floor[:, None])
-            for index in reversed(range(len(scales))):
-                target = similarity if index == 0 else weights.take(*similarity.shape)
-                torch.mul(similarity, scales[index] * LOG2_E, out=target).exp2_()
-                decay = (peak - floor).mul_(scales[index]).exp_()
-                totals[index].mul_(decay).add_(target.sum(1))
-                if sums is not None:
-                    into = sums[index].mul_(decay[:, None])
-                    multiply(target, rows, into, accumulate=True)
-            peak = raised
-        if sums is not None:
-            sums /= totals.masked_fill(totals == 0, 1.0)[:, :, None]
-        return Sweep(peak, totals, count, sums)
-
-    def key_gradient(self, problem: Problem, peak: Tensor, totals: Tensor, rate: Tensor) -> Tensor:
-        """(N, D) Σ_b rate_b (a·p_bj − β·r_bj) q_b, the positives' own term left out."""
-        q = problem.queries
-        gradient = q.new_empty(problem.keys.shape)
-        floor = peak.masked_fill(peak == -math.inf, 0.0)[:, None]
-        start = 0
-        for rows, similarity, _ in self._tiles(problem):
-            similarity.sub_(floor)
-            part = gradient[start : start + len(rows)].zero_()
-            for sign, scale, total in zip((1.0, -1.0), problem.scales, totals, strict=False):
-                factor = sign * scale * rate / total.masked_fill(total == 0, 1.0)
-                weights = (similarity * (scale * LOG2_E)).exp2_()
-                multiply(weights.T, q * factor[:, None], part, accumulate=True)
-            start += len(rows)
-        return gradient
-
-    def _tiles(self, problem: Problem) -> Iterator[tuple[Tensor, Tensor, Tensor | int]]:
-        """Keys, then queue: (n, D) rows, (B, n) similarities with −inf where masked, (B,) removed.
-
-        The similarities live in a buffer that the next tile overwrites; the caller may, too.
-        """
-        q = problem.queries
-        products, converted = Scratch(q, q.dtype), Scratch(q, q.dtype)
-        for start, stop in spans(len(problem.keys), self._tile_keys(q, problem.keys)):
-            rows = converted.load(problem.keys[start:stop])
-            similarity = products.take(len(q), len(rows))
-            multiply(q, rows.T, similarity)
-            excluded = excluded_pairs(problem.query_labels, problem.key_labels[start:stop])
-            excluded |= problem.positives[:, None] == torch.arange(start, stop, device=q.device)
-            yield rows, similarity.masked_fill_(excluded, -math.inf), excluded.sum(1)
-        if problem.queue is None or problem.queue_labels is None:
-            return
-        suspects = _Suspects(problem.query_labels, problem.queue_labels)
-        for start, stop in spans(len(problem.queue), self._tile_keys(q, problem.queue)):
-            rows = converted.load(problem.queue[start:stop])
-            if problem.queue_scale is not None:  # int8, so rows is a copy
-                rows.mul_(problem.queue_scale[start:stop, None])
-            similarity = products.take(len(q), len(rows))
-            multiply(q, rows.T, similarity)
-            yield rows, similarity, suspects.mask(similarity, start, stop)
+    def exponentials(
+        self, similarity: Tensor, floor: Tensor, scales: tuple[float, ...]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        similarity.sub_(floor[:, None])
+        for index in reversed(range(len(scales))):
+            target = similarity
+            if index > 0:
+                self._spare = self._spare or Scratch(similarity, similarity.dtype)
+                target = self._spare.take(*similarity.shape)
+            torch.mul(similarity, scales[index] * LOG2_E, out=target).exp2_()
+            yield index, target, target.sum(1)
 
 
 class _Suspects:
@@ -311,7 +367,3 @@ def _alike(own: Tensor, others: Tensor) -> Tensor:
         seen = found.new_zeros(low_bits + 1).index_fill_(0, mine & low_bits, True)
         found |= seen[theirs & low_bits]
     return found
-
-
-def _rows(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else len(tensor)

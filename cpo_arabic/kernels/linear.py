@@ -4,6 +4,10 @@ Equation, with ȳ = ∂L/∂y::
 
     ∂L/∂x = ȳ·W        ∂L/∂W = ȳᵀ·x        ∂L/∂b = Σ ȳ
 
+The three products have the same number of multiply-adds, so one library computes all of them. Where
+that is PyTorch's choice, so is the layer: on a GPU it adds the bias within the product, and a
+function in Python would only keep the device waiting.
+
 Shapes: T tokens, in any number of leading dimensions; I inputs; O outputs
 """
 
@@ -14,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from cpo_arabic.kernels.products import product
+from cpo_arabic.kernels.products import by_onednn, product
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,14 +34,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (…, O).
     """
-    rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    flat = x.reshape(-1, x.shape[-1])
+    if not by_onednn(flat, weight.T):
+        return F.linear(x, weight, bias)
+    rows: Tensor = _Linear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return rows.view(*x.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         y = product(x, weight.T)
         return y if bias is None else y.add_(bias)
 

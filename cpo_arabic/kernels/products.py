@@ -21,7 +21,7 @@ WORTHWHILE = 1 << 21
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left (m, k) · right (k, n), both of one dtype and with any strides; contiguous."""
-    return _onednn(left, right) if _by_onednn(left, right) else torch.mm(left, right)
+    return _onednn(left, right) if by_onednn(left, right) else torch.mm(left, right)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
@@ -32,7 +32,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = Fal
     """
     if right.dtype != out.dtype:
         fresh = torch.mm(left.to(right.dtype), right, out_dtype=out.dtype)
-    elif not _by_onednn(left, right):
+    elif not by_onednn(left, right):
         out.addmm_(left, right, beta=float(accumulate))
         return
     elif _to_copy(right.T) < _to_copy(left):
@@ -55,7 +55,8 @@ def _to_copy(left: Tensor) -> int:
     return 0 if left.is_contiguous() else left.numel()
 
 
-def _by_onednn(left: Tensor, right: Tensor) -> bool:
+def by_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether :func:`product` of these two is oneDNN's."""
     return (
         left.dtype == right.dtype == torch.float32
         and left.device.type == "cpu"
