@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -46,22 +47,21 @@ class TreeLayout:
         return rows
 
     def read_positions(self, device: torch.device) -> Tensor:
-        """(N) flat positions of completions and of each prompt's last token."""
+        """(N) flat positions of completions and of each prompt's last token, in row order."""
 
         def make() -> Tensor:
-            flat = [tree.row * self.length + tree.start for tree in self.trees]
-            spans = [
-                torch.arange(tree.prompt_length - 1, tree.prompt_length + sum(tree.branch_lengths))
-                for tree in self.trees
-            ]
-            read = torch.cat([start + span for start, span in zip(flat, spans, strict=True)])
-            return read.to(device, non_blocking=True)
+            spans = []
+            for tree in chain.from_iterable(self.by_row):
+                branches = tree.row * self.length + tree.start + tree.prompt_length
+                spans.append(torch.arange(branches - 1, branches + sum(tree.branch_lengths)))
+            return torch.cat(spans).to(device, non_blocking=True)
 
         return self.once(make, "read", device)
 
-    def sequences(self, device: torch.device) -> Sequences:
-        """The layout for variable-length attention."""
-        return self.once(lambda: Sequences.of(self, device), "sequences", device)
+    def sequences(self, device: torch.device, *, only_read: bool) -> Sequences:
+        """The layout for variable-length attention of all queries, or of those that are read."""
+        make = partial(Sequences.of, self, device, only_read=only_read)
+        return self.once(make, "sequences", device, only_read)
 
     def path_mask(
         self,
@@ -101,8 +101,9 @@ def path_mask(queries: int, before: int, window: int | None, device: torch.devic
 class Sequences:
     """The batch as N sequences: prompts, branches and the padding at a row's end, in row order.
 
-    Query sequences lie one after another in (R·L); key sequences are gathered by ``key_index``.
-    Queries are the last ones of their keys' positions ("bottom-right" causal).
+    Query sequences lie one after another in (R·L), or in :meth:`TreeLayout.read_positions` where
+    only these are asked for; key sequences are gathered by ``key_index``. Queries are the last ones
+    of their keys' positions ("bottom-right" causal).
     """
 
     key_index: Tensor  # (ΣN) flat positions, int64
@@ -112,7 +113,7 @@ class Sequences:
     longest_key: int
 
     @staticmethod
-    def of(layout: TreeLayout, device: torch.device) -> Sequences:
+    def of(layout: TreeLayout, device: torch.device, *, only_read: bool) -> Sequences:
         """The sequences of a layout."""
         keys: list[Tensor] = []
         queries: list[int] = []
@@ -122,13 +123,14 @@ class Sequences:
             for tree in trees:
                 prompt = torch.arange(end, end + tree.prompt_length)
                 keys.append(prompt)
-                queries.append(tree.prompt_length)
+                queries.append(1 if only_read else tree.prompt_length)
                 end += tree.prompt_length
                 for length in tree.branch_lengths:
                     keys.append(torch.cat((prompt, torch.arange(end, end + length))))
                     queries.append(length)
                     end += length
-            if rest := flat + layout.length - end:
+            rest = flat + layout.length - end
+            if rest and not only_read:
                 keys.append(torch.arange(end, end + rest))
                 queries.append(rest)
         lengths = [len(key) for key in keys]

@@ -38,7 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cpo_arabic.data.pack import PreferenceBatch, Tree
 from cpo_arabic.errors import ModelError
 from cpo_arabic.modeling.last_layer import ReadPositions
-from cpo_arabic.modeling.layout import TreeLayout
+from cpo_arabic.modeling.layout import Sequences, TreeLayout
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 BACKENDS = ("eager", "sdpa", "flex_attention", *FLASH)
@@ -182,10 +182,25 @@ def _flatten(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _unflatten(x: Any, layout: TreeLayout) -> Tensor:
-    """(R·L, H, d), or with a leading 1, → (R, L, H, d)"""
-    shaped: Tensor = x.reshape(layout.rows, layout.length, *x.shape[-2:])
-    return shaped
+def _in_sequences(
+    layout: TreeLayout, q: Tensor, k: Tensor, v: Tensor, is_last_layer: bool
+) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor]]:
+    """Bounds; queries (N, H, d), keys and values (ΣN, H', d); of the last layer what is read."""
+    sequences = layout.sequences(q.device, only_read=is_last_layer)
+    queries = _flatten(q)
+    if is_last_layer:
+        queries = queries.index_select(0, layout.read_positions(q.device))
+    keys, values = (_flatten(x)[sequences.key_index] for x in (k, v))
+    return sequences, (queries, keys, values)
+
+
+def _in_rows(layout: TreeLayout, outputs: Tensor, is_last_layer: bool) -> Tensor:
+    """(N, H, d), or with a leading 1, → (R, L, H, d), zero where nothing reads"""
+    flat = outputs.reshape(-1, *outputs.shape[-2:])
+    if is_last_layer:
+        rows = flat.new_zeros(layout.rows * layout.length, *flat.shape[1:])
+        flat = rows.index_copy(0, layout.read_positions(flat.device), flat)
+    return flat.view(layout.rows, layout.length, *flat.shape[1:])
 
 
 def attend_flash(
@@ -195,14 +210,14 @@ def attend_flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    is_last_layer: bool,
     options: dict[str, Any],
 ) -> Tensor:
     """Through transformers' flash function, which takes ready sequence bounds → (R, L, H, d)."""
-    sequences = layout.sequences(q.device)
-    keys, values = (_flatten(x)[sequences.key_index] for x in (k, v))
+    sequences, states = _in_sequences(layout, q, k, v, is_last_layer)
     output, _ = plain(
         module,
-        *(x.transpose(0, 1)[None] for x in (_flatten(q), keys, values)),
+        *(x.transpose(0, 1)[None] for x in states),
         None,
         cu_seq_lens_q=sequences.query_bounds,
         cu_seq_lens_k=sequences.key_bounds,
@@ -210,19 +225,22 @@ def attend_flash(
         max_length_k=sequences.longest_key,
         **options,
     )
-    return _unflatten(output, layout)
+    return _in_rows(layout, output, is_last_layer)
 
 
 def attend_varlen(
-    layout: TreeLayout, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+    layout: TreeLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_last_layer: bool,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """Through torch's own variable-length attention → (R, L, H, d)."""
-    sequences = layout.sequences(q.device)
-    keys, values = (_flatten(x)[sequences.key_index] for x in (k, v))
-    output = varlen_attn(
-        _flatten(q),
-        keys,
-        values,
+    sequences, states = _in_sequences(layout, q, k, v, is_last_layer)
+    output: Any = varlen_attn(
+        *states,
         sequences.query_bounds,
         sequences.key_bounds,
         sequences.longest_query,
@@ -231,7 +249,7 @@ def attend_varlen(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return _unflatten(output, layout)
+    return _in_rows(layout, output, is_last_layer)
 
 
 def _fits_varlen(q: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
@@ -308,18 +326,18 @@ def _attention_in_trees(
 ) -> Tensor:
     layout.calls += 1
     window = _window(module, options)
+    config: Any = module.config
+    is_last = module.layer_idx == config.num_hidden_layers - 1
     with _own_config(module) as name:
         plain = _plain(module, name)
         if name == "flex_attention":
             blocks = layout.block_mask(window, q.device)
             output: Tensor = plain(module, q, k, v, blocks, **options)[0]
         elif _is_flash(name):
-            output = attend_flash(plain, module, layout, q, k, v, options)
+            output = attend_flash(plain, module, layout, q, k, v, is_last, options)
         elif name == "sdpa" and _fits_varlen(q, v, options):
-            output = attend_varlen(layout, q, k, v, options.get("scaling"), window)
+            output = attend_varlen(layout, q, k, v, is_last, options.get("scaling"), window)
         else:
-            config: Any = module.config
-            is_last = module.layer_idx == config.num_hidden_layers - 1
             dense = Dense(plain, module, layout, window, is_last, name == "eager", options)
             output = attend_by_tree(dense, q, k, v)
     return output

@@ -503,15 +503,22 @@ def test_flash_attention_is_given_the_right_sequences(
 def test_torch_varlen_attention_is_given_the_right_sequences(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    queries: list[int] = []
+
     def varlen(*tensors: Any, scale: float, window_size: tuple[int, int], **_: Any) -> Tensor:
         assert window_size[1] == 0
+        queries.append(len(tensors[0]))
         return by_sequences(*tensors[:5], scale, window_size[0])
 
     monkeypatch.setattr(tree_module, "varlen_attn", varlen)
     monkeypatch.setattr(tree_module, "_fits_varlen", lambda *_: True)
     model = build(name)
     rows = measure(model, batch_of("longest"))
-    measure(model, batch_of("packed")).assert_close(rows, rtol=1e-4, atol=2e-5)
+    batch = batch_of("packed")
+    measure(model, batch).assert_close(rows, rtol=1e-4, atol=2e-5)
+    *others, last = queries
+    assert set(others) == {batch.input_ids.numel()}
+    assert last == sum(1 + sum(tree.branch_lengths) for tree in batch.trees or ())
 
 
 @pytest.mark.parametrize("window", [None, 4])
