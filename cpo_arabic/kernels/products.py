@@ -31,7 +31,11 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = Fal
     float32 accumulation and output. The CPU has none, so its callers convert ``right`` first.
     """
     if right.dtype != out.dtype:
-        fresh = torch.mm(left.to(right.dtype), right, out_dtype=out.dtype)
+        lower = left.to(right.dtype)
+        if not accumulate:
+            torch.mm(lower, right, out_dtype=out.dtype, out=out)
+            return
+        fresh = torch.mm(lower, right, out_dtype=out.dtype)
     elif not by_onednn(left, right):
         out.addmm_(left, right, beta=float(accumulate))
         return

@@ -143,6 +143,20 @@ def gradients(
     return list(torch.autograd.grad(output, inputs, upstream.to(output), **options))
 
 
+class Operations(TorchDispatchMode):
+    """Remembers which operators ran, by name and overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operator's output had."""
 

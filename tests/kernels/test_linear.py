@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from cpo_arabic.kernels import linear, product, products
 from cpo_arabic.kernels.products import multiply
 from cpo_arabic.modeling.layers import fuse_layers
-from tests.kernels.cases import gradients, relative, saved_shapes
+from tests.kernels.cases import Operations, gradients, relative, saved_shapes
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
@@ -53,6 +54,17 @@ def test_products_are_exact_in_any_layout(
     multiply(left, right, onto, accumulate=True)
     assert relative(over, truth) < 1e-6
     assert relative(onto, truth + old) < 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_gpus_bfloat16_product_is_written_in_float32_where_it_belongs(accumulate: bool) -> None:
+    """On tensors without storage: which operations a GPU would run."""
+    with FakeTensorMode(), Operations() as operations:
+        left = torch.empty(6, 8, device="cuda")
+        right = torch.empty(8, 5, device="cuda", dtype=torch.bfloat16)
+        multiply(left, right, torch.empty(6, 5, device="cuda"), accumulate=accumulate)
+    written = ["mm.dtype", "add_.Tensor"] if accumulate else ["mm.dtype_out"]
+    assert operations.names[-len(written) - 1 :] == ["_to_copy.default", *written]
 
 
 @needs_onednn

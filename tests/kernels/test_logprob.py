@@ -323,9 +323,16 @@ def test_cudas_bfloat16_products_cost_no_more_than_the_definitions(
 ) -> None:
     """The path CUDA takes, with its product of bfloat16 matrices into float32 played on the CPU."""
 
-    def product(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+    def product(
+        left: torch.Tensor,
+        right: torch.Tensor,
+        *,
+        out_dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert left.dtype == right.dtype == torch.bfloat16
-        return left.to(out_dtype) @ right.to(out_dtype)
+        found = left.to(out_dtype) @ right.to(out_dtype)
+        return found if out is None else out.copy_(found)
 
     case = HeadCase.random(37, 16, 301, with_bias=True).to(torch.bfloat16)
     exact = case.to(torch.float64)
