@@ -62,7 +62,11 @@ class Tree:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """What one forward and its losses need. All index tensors are int64."""
+    """What one forward and its losses need. All index tensors are int64.
+
+    What is compared or looked up on the host stays there when the batch is sent to a device: a GPU
+    that is asked for it has to finish its work first.
+    """
 
     input_ids: Tensor  # (R, L)
     position_ids: Tensor  # (R, L) restart after the prompt in every branch
@@ -72,12 +76,12 @@ class PreferenceBatch:
     token_positions: Tensor  # (T) flat position of the token itself
     token_completions: Tensor  # (T) its completion, in [0, S)
     completion_lengths: Tensor  # (S) tokens of each completion
-    completion_groups: Tensor  # (S) its group, in [0, G)
-    completion_chosen: Tensor  # (S) bool
-    completion_keys: Tensor  # (S) text hashes
+    chosen_tokens: Tensor  # the chosen completions' tokens, in [0, T)
     prompt_ends: Tensor  # (G) flat position of the prompt's last token
-    prompt_keys: Tensor  # (G) text hashes
-    group_rows: Tensor  # (G) the record's row number
+    completion_groups: Tensor  # (S) its group, in [0, G); on the host
+    completion_keys: Tensor  # (S) text hashes; on the host
+    prompt_keys: Tensor  # (G) text hashes; on the host
+    group_rows: Tensor  # (G) the record's row number; on the host
     tokens: int  # prompt and completion tokens of its rows, without padding
 
     @property
@@ -86,7 +90,7 @@ class PreferenceBatch:
         return 1.0 - self.tokens / self.input_ids.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
-        """The batch with its tensors on ``device``."""
+        """The batch with its tensors on ``device``, but for those of the host."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PreferenceBatch:
@@ -95,8 +99,21 @@ class PreferenceBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
+        changed: dict[str, Any] = {
+            name: change(value)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name not in _ON_HOST
+        }
         return replace(self, **changed)
+
+
+_ON_HOST = {"completion_groups", "completion_keys", "prompt_keys", "group_rows"}
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On ``device``, without waiting for it: from page-locked memory where it is a GPU."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def collate(
@@ -310,10 +327,10 @@ def _batch(groups: Sequence[TokenizedGroup], places: _Places, pad_id: int) -> Pr
         token_positions=positions,
         token_completions=completions,
         completion_lengths=lengths,
-        completion_groups=owners,
-        completion_chosen=first,
-        completion_keys=_int64(chain.from_iterable(group.completion_keys for group in groups)),
+        chosen_tokens=first[completions].nonzero()[:, 0],
         prompt_ends=ends[first],
+        completion_groups=owners,
+        completion_keys=_int64(chain.from_iterable(group.completion_keys for group in groups)),
         prompt_keys=_int64(group.prompt_key for group in groups),
         group_rows=_int64(group.row for group in groups),
         tokens=len(prompt_positions) + len(positions),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from cpo_arabic.data.pack import Tree
+from cpo_arabic.data.pack import Tree, sent
 
 Made = TypeVar("Made")
 
@@ -54,7 +54,7 @@ class TreeLayout:
             for tree in chain.from_iterable(self.by_row):
                 branches = tree.row * self.length + tree.start + tree.prompt_length
                 spans.append(torch.arange(branches - 1, branches + sum(tree.branch_lengths)))
-            return torch.cat(spans).to(device, non_blocking=True)
+            return sent(torch.cat(spans), device)
 
         return self.once(make, "read", device)
 
@@ -135,9 +135,9 @@ class Sequences:
                 queries.append(rest)
         lengths = [len(key) for key in keys]
         return Sequences(
-            key_index=torch.cat(keys).to(device, non_blocking=True),
-            query_bounds=_bounds(queries).to(device, non_blocking=True),
-            key_bounds=_bounds(lengths).to(device, non_blocking=True),
+            key_index=sent(torch.cat(keys), device),
+            query_bounds=sent(_bounds(queries), device),
+            key_bounds=sent(_bounds(lengths), device),
             longest_query=max(queries),
             longest_key=max(lengths),
         )
@@ -161,7 +161,7 @@ def block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> 
             segment[here] = branch
             place[here] = torch.arange(first, first + length)
             end += length
-    tree, segment, place = (x.to(device) for x in (tree, segment, place))
+    tree, segment, place = (sent(x, device) for x in (tree, segment, place))
 
     def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         on_path = (segment[row, key] == 0) | (segment[row, key] == segment[row, query])

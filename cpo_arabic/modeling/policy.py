@@ -62,7 +62,7 @@ def completion_log_probs(
         batch.token_predictors, batch.token_targets, batch.token_completions,
     )  # fmt: skip
     if only_chosen:
-        kept = batch.completion_chosen[owners]
+        kept = batch.chosen_tokens
         predictors, targets, owners = predictors[kept], targets[kept], owners[kept]
     head = causal_lm(model).get_output_embeddings()
     config = causal_lm(model).config

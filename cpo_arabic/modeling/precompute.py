@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup
+from cpo_arabic.data.pack import PreferenceBatch, TokenizedGroup, sent
 from cpo_arabic.files import whole
 from cpo_arabic.modeling.policy import Reference, sum_dtype
 
@@ -33,7 +33,7 @@ class PrecomputedReference(Reference):
             self._values[pair] for pair in zip(rows, batch.completion_keys.tolist(), strict=True)
         ]
         device = batch.input_ids.device
-        return torch.tensor(found, dtype=sum_dtype(device), device=device)
+        return sent(torch.tensor(found, dtype=sum_dtype(device)), device)
 
 
 def precompute(

@@ -259,7 +259,7 @@ def _head(
     if cpo.preference_weight:
         each = [len(batch.token_targets) for batch in batches]
     elif cpo.cpo_alpha:
-        each = [int(b.completion_lengths[b.completion_chosen].sum()) for b in batches]
+        each = [len(batch.chosen_tokens) for batch in batches]
     passes = 1 if reference_is_run(config) and cpo.preference_weight else 0
     trained = not config.optimization.use_lora
 

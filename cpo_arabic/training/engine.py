@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cpo_arabic.data.pack import PreferenceBatch
+from cpo_arabic.data.pack import PreferenceBatch, sent
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.policy import Policy, Reference, Wanted
 from cpo_arabic.objective.contrastive import key_labels
@@ -69,11 +69,6 @@ def group_table(completion_groups: Tensor) -> Tensor:
 
 def prepare(batch: PreferenceBatch, device: torch.device) -> MicroBatch:
     """Derives the tables on the host and moves everything to the device, without waiting."""
-
-    def sent(tensor: Tensor) -> Tensor:
-        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-        return pinned.to(device, non_blocking=True)
-
     table = group_table(batch.completion_groups)
     chosen = table[:, 0]
     groups = torch.arange(len(chosen))
@@ -81,10 +76,10 @@ def prepare(batch: PreferenceBatch, device: torch.device) -> MicroBatch:
     keys = key_labels(batch.completion_groups, batch.prompt_keys, batch.completion_keys)
     return MicroBatch(
         batch=batch.to(device, non_blocking=True),
-        table=sent(table),
-        query_labels=sent(queries),
-        key_labels=sent(keys),
-        chosen=sent(chosen),
+        table=sent(table, device),
+        query_labels=sent(queries, device),
+        key_labels=sent(keys, device),
+        chosen=sent(chosen, device),
         groups=len(chosen),
         chosen_tokens=int(batch.completion_lengths[chosen].sum()),
         tokens=batch.tokens,

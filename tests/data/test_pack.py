@@ -85,7 +85,7 @@ def test_numbering_follows_the_groups_given_in_every_layout(padding: Padding) ->
     assert batch.group_rows.tolist() == [7, 3]
     assert batch.prompt_keys.tolist() == [1007, 1003]
     assert batch.completion_groups.tolist() == [0, 0, 1]
-    assert batch.completion_chosen.tolist() == [True, False, True]
+    assert batch.chosen_tokens.tolist() == [0, 1, 3, 4, 5]
     assert batch.completion_lengths.tolist() == [2, 1, 3]
     assert batch.completion_keys.tolist() == [70, 71, 30]
     assert batch.token_completions.tolist() == [0, 0, 1, 2, 2, 2]
@@ -134,7 +134,7 @@ def test_every_prompt_and_completion_can_be_read_back(
         assert (positions // batch.input_ids.shape[1]).unique().tolist() == [
             end // batch.input_ids.shape[1]
         ]
-        if batch.completion_chosen[s]:
+        if s == owners.index(owners[s]):  # the chosen one
             assert batch.prompt_ends[owners[s]] == end
         taken += positions.tolist() + list(range(end - len(prompt) + 1, end + 1))
     assert batch.token_targets.numel() == sum(map(len, completions))
@@ -247,10 +247,12 @@ def test_refusals_name_the_row() -> None:
         lay_out([], "longest")
 
 
-def test_to_moves_every_tensor_and_nothing_else() -> None:
+def test_to_moves_what_the_model_reads_and_leaves_labels_on_the_host() -> None:
     batch = lay_out(TWO, "packed")
     moved = batch.to("meta", non_blocking=True)
-    assert moved.input_ids.device.type == moved.group_rows.device.type == "meta"
+    tensors = {n: v for n, v in vars(moved).items() if isinstance(v, torch.Tensor)}
+    stay = {name for name, value in tensors.items() if value.device.type == "cpu"}
+    assert stay == {"completion_groups", "completion_keys", "prompt_keys", "group_rows"}
     assert moved.trees == batch.trees
     assert moved.padding_share == batch.padding_share
     assert batch.input_ids.device.type == "cpu"
