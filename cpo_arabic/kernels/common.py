@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 LOG2_E = 1 / math.log(2)
 
@@ -18,9 +19,14 @@ Backend = Literal["auto", "eager", "tiled", "triton"]
 
 
 def choose_backend(asked: Backend, tensor: Tensor) -> Backend:
-    """``asked``, or for "auto" the fastest that the tensor's device has."""
+    """``asked``, or for "auto" the fastest that the tensor's device has.
+
+    A tensor without storage, as an estimate has them, goes through plain PyTorch: Triton launches
+    with addresses.
+    """
     if asked == "auto":
-        return "triton" if tensor.is_cuda and find_spec("triton") else "tiled"
+        stored = tensor.is_cuda and not isinstance(tensor, FakeTensor)
+        return "triton" if stored and find_spec("triton") else "tiled"
     if asked not in ("eager", "tiled", "triton"):
         raise ValueError(f"backend must be auto, eager, tiled or triton, not {asked!r}")
     if asked == "triton":

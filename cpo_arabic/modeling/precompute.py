@@ -28,10 +28,9 @@ class PrecomputedReference(Reference):
 
     def log_probs(self, batch: PreferenceBatch) -> Tensor:
         """(S) float64 sums in nats."""
-        rows = batch.group_rows[batch.completion_groups].tolist()
-        found = [
-            self._values[pair] for pair in zip(rows, batch.completion_keys.tolist(), strict=True)
-        ]
+        rows = batch.group_rows.tolist()
+        groups, keys = batch.completion_groups.tolist(), batch.completion_keys.tolist()
+        found = [self._values[rows[group], key] for group, key in zip(groups, keys, strict=True)]
         device = batch.input_ids.device
         return sent(torch.tensor(found, dtype=sum_dtype(device)), device)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpo_arabic.kernels import logprob, products, token_log_probs
+from cpo_arabic.kernels.common import choose_backend
 from cpo_arabic.training.footprint import head_work
 
 from .cases import AllocatedBytes, HeadCase, LargestTensor, gradients, relative, saved_shapes
@@ -370,3 +374,11 @@ def test_a_backend_is_used_as_named_or_refused() -> None:
     case = HeadCase.random(3, 4, 9)
     with pytest.raises(ValueError, match="backend must be"):
         case.run(backend="cuda")
+
+
+def test_on_a_gpu_triton_is_chosen_but_for_tensors_without_storage() -> None:
+    with FakeTensorMode():
+        outlined = torch.empty(2, device="cuda")
+    assert choose_backend("auto", outlined) == "tiled"
+    stored = SimpleNamespace(is_cuda=True)
+    assert choose_backend("auto", stored) == ("triton" if find_spec("triton") else "tiled")  # type: ignore[arg-type]

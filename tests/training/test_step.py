@@ -9,14 +9,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    unset_fake_temporarily,
+)
 
 from cpo_arabic.config import CPOConfig
+from cpo_arabic.data.pack import PreferenceBatch
 from cpo_arabic.modeling.encoder import EmbeddingQueue, MomentumEncoder
 from cpo_arabic.modeling.policy import Policy, PolicyOutput, Wanted
+from cpo_arabic.modeling.precompute import PrecomputedReference
 from cpo_arabic.run import data as run_data
 from cpo_arabic.run import model as run_model
-from cpo_arabic.training.engine import Engine
+from cpo_arabic.training import step as step_module
+from cpo_arabic.training.engine import Engine, MicroBatch, prepare
 from cpo_arabic.training.plan import Share
+from cpo_arabic.training.rehearsal import Rehearsal
 from cpo_arabic.training.step import accumulate
 
 ROWS = list(range(6))
@@ -169,6 +177,56 @@ def test_simcse_masks_are_the_same_in_both_passes_over_a_micro_batch(
 ) -> None:
     made = Bench(toy_config("cpo.simcse_dropout=0.3"))
     assert_same(made.gradient([0, 1], [2, 3]), made.gradient([0, 1], [2, 3]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("cpo.contrastive_weight=0",),
+        ("cpo.preference_weight=0",),
+        ("cpo.force_use_ref_model=true",),
+        ("cpo.force_use_ref_model=true", "cpo.precompute_ref_log_probs=true"),
+        ("data.padding=longest",),
+        ("model.attn_implementation=eager",),
+    ],
+    ids=lambda o: ",".join(o) or "defaults",
+)
+def test_a_step_reads_nothing_back_from_its_device(
+    bench: Callable[..., Bench], overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors that have no values: whatever waited for one, or for a shape, raises."""
+    made = bench("cpo.simcse_dropout=0.1", *overrides)
+    if "cpo.precompute_ref_log_probs=true" in overrides:
+        rows = torch.tensor([r for r in ROWS for _ in made.groups.group(r, 0).completion_keys])
+        keys = torch.tensor([key for r in ROWS for key in made.groups.group(r, 0).completion_keys])
+        made.engine.reference = PrecomputedReference(rows, keys, torch.zeros(len(rows)))
+    rehearsal = Rehearsal(vocabulary=0, scale=1.0)
+    rehearsal.embody(made.policy, "cpu")
+
+    def emptied(batch: PreferenceBatch, device: torch.device) -> MicroBatch:
+        with unset_fake_temporarily():  # the host's own work
+            found = prepare(batch, device)
+        on_host = {name for name, value in vars(batch.to("meta")).items() if _is_on(value, "cpu")}
+        sent = {n: _without_values(v) for n, v in vars(found.batch).items() if n not in on_host}
+        tables = {n: _without_values(v) for n, v in vars(found).items() if n != "batch"}
+        return replace(found, batch=replace(found.batch, **sent), **tables)
+
+    monkeypatch.setattr(step_module, "prepare", emptied)
+    share = made.share([0, 1], [2, 3])
+    with rehearsal.fake:
+        sums, _ = accumulate(made.engine, share, step=0)
+    assert all(p.grad is not None for p in made.policy.trainable().values())
+    with rehearsal.fake, pytest.raises(DataDependentOutputException):
+        sums.means()  # the negative control: a record does read
+
+
+def _is_on(value: object, kind: str) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == kind
+
+
+def _without_values(value: Any) -> Any:
+    return torch.empty_like(value) if isinstance(value, torch.Tensor) else value
 
 
 def _loss(made: Bench) -> float:
