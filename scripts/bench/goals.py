@@ -66,6 +66,7 @@ class Line:
     gradient_error: float | None = None
     floors: float | None = None
     speed_at_floor: float | None = None
+    memory_at_floor: float | None = None  # gradients and moments over the peer's peak
 
     @property
     def fast(self) -> bool:
@@ -80,6 +81,12 @@ class Line:
         if self.goal.extra_mib is not None and self.peak_mib is not None:
             return self.peak_mib <= self.goal.extra_mib
         return None
+
+    @property
+    def out_of_reach(self) -> bool:
+        """The memory's goal is less than what a step must hold."""
+        goal, floor = self.goal.memory, self.memory_at_floor
+        return goal is not None and floor is not None and floor > goal
 
 
 Records = dict[str, dict[str, Any]]
@@ -124,6 +131,9 @@ def line(goal: Goal, case: dict[str, Any]) -> Line:
         memory=ours["peak_mib"] / other["peak_mib"] if both else None,
         floors=floors,
         speed_at_floor=other[clock] / case["floor_seconds"],
+        memory_at_floor=case["state_mib"] / other["peak_mib"]
+        if both and "state_mib" in case
+        else None,
         **own,
     )
 

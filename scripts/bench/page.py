@@ -66,14 +66,15 @@ before any weight is read, and then measured (hidden {hidden}, {layers} layers, 
 freed memory comes on top, and under bf16 on a CPU what oneDNN allocates, which no tensor shows.
 Weights are mapped from their file; what of them no step has read counts as measured."""
 GOALS_TEXT = """\
-Errors are ours, relative to float64. The last column is the ratio that ours would have if it took
-no longer than its floor: the physical limit."""
+Errors are ours, relative to float64. The last columns are the ratios that ours would have at its
+floors, the physical limits: if it took no longer than its matrix products, and if a step held
+nothing but gradients and Adam's moments, which TRL's holds, too."""
 SUMMARY_TEXT = """\
 Each peer in its fastest supported setting, the same work on both sides, loss and gradient checked
 against float64; ratios of CPU seconds and of peak memory in one run, the goal in brackets.
 Where the processor is not Intel's, our large float32 products run on oneDNN, the peers' on MKL,
-where PyTorch sends them; on an Intel processor all run on MKL, and the ratios are smaller. Each run
-names the speed of our products in it: one far below the others was made before they left MKL.
+where PyTorch sends them; on an Intel processor all run on MKL, and the ratios are smaller. A goal
+below its floor (of memory: gradients and Adam's moments, over TRL's peak) is named with it.
 {about}
 Everything that was measured, with the physical floor of each figure, is in
 [docs/bench](docs/bench/README.md). `make bench` measures it anew."""
@@ -176,7 +177,8 @@ def _reached(found: Line) -> tuple[str, str]:
         return speed, f"{known} (≤ {goal.extra_mib:g} MiB) {mark(found.small)}"
     memory = "–" if found.memory is None else f"{found.memory:.2f}"
     if goal.memory is not None:
-        memory += f" (≤ {goal.memory:g}) {mark(found.small)}"
+        floor = f"; floor {found.memory_at_floor:.2f}" if found.out_of_reach else ""
+        memory += f" (≤ {goal.memory:g}{floor}) {mark(found.small)}"
     return speed, memory
 
 
@@ -184,12 +186,12 @@ def _goals(found: list[Line]) -> str:
     """Every goal, what was reached, how exact it is and how far from the floor."""
     heads = (
         "against", "work", "its fastest", "times as fast", "part of its memory",
-        "loss error", "gradient error", "× floor", "at the floor",
+        "loss error", "gradient error", "× floor", "speed at the floor", "memory at the floor",
     )  # fmt: skip
     rows = []
     for each in found:
         if each.note:
-            rows.append((each.goal.against, each.goal.what, each.note, *[""] * 6))
+            rows.append((each.goal.against, each.goal.what, each.note, *[""] * 7))
             continue
         rows.append(
             (
@@ -201,6 +203,7 @@ def _goals(found: list[Line]) -> str:
                 f"{each.gradient_error:.0e}",
                 f"{each.floors:.2f}" + _floor_goal(each),
                 "–" if each.speed_at_floor is None else f"{each.speed_at_floor:.1f}×",
+                "–" if each.memory_at_floor is None else f"{each.memory_at_floor:.2f}",
             )
         )
     return f"{_table(heads, rows, left=3)}\n\n{GOALS_TEXT}"

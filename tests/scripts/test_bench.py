@@ -260,6 +260,15 @@ def test_a_goal_is_held_against_the_peers_fastest_setting() -> None:
     assert "2.00× (≥ 3.5) ✗ | 0.50 (≤ 0.4) ✗" in page.summary(slower)
 
 
+def test_a_memory_goal_below_what_a_step_must_hold_says_so() -> None:
+    records = recorded(ours=variant(1.0, 50.0), fast=variant(4.0, 100.0))
+    (case,) = records["step"]["cases"]
+    for state, floor in ((47.0, "; floor 0.47"), (40.0, "")):
+        case["state_mib"] = state
+        assert goals.lines(records)[0].memory_at_floor == pytest.approx(state / 100)
+        assert f"0.50 (≤ 0.4{floor}) ✗" in page.summary(records)
+
+
 def test_what_was_not_measured_has_a_note_and_no_figure() -> None:
     records = recorded(ours=variant(1.0), slow={"note": "not installed"})
     found = goals.lines(records)
