@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -82,6 +85,35 @@ def test_large_float32_products_are_onednns_where_mkl_is_not_at_home(
         multiply(left, left, left.clone())
     used = [each.count for each in profile.key_averages() if "_linear_pointwise" in each.key]
     assert used == ([2] if by_onednn else [])
+
+
+NEW_SHAPES = """
+from pathlib import Path
+import torch
+from cpo_arabic.kernels import product, products
+
+def resident_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+products._onednn_is_faster = lambda: True
+left, right = torch.ones(900, 128), torch.ones(128, 128)
+for rows in range(900, 400, -1):
+    product(left[:rows], right)
+    if rows == 800:
+        before = resident_mib()
+print(resident_mib() - before)
+"""
+
+
+@needs_onednn
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ever_new_lengths_do_not_add_up_in_memory() -> None:
+    """In a process of its own: the caches' sizes are read once. By default it is over 100 MiB."""
+    ours = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    program = [sys.executable, "-c", NEW_SHAPES]
+    done = subprocess.run(program, env=ours, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 30
 
 
 @pytest.mark.parametrize(
