@@ -7,7 +7,7 @@ operator writes into fresh memory and takes 10 µs a call, so small products sta
 
 It generates its loops for each shape anew and keeps them, as does PyTorch's layer above it, for the
 last 1,024 shapes: half a MiB a shape, and every batch of text has lengths of its own. So the caches
-are made smaller here; a step has fewer than 40 shapes.
+are made smaller here; a step has 30 to 40 shapes.
 
 Shapes: (m, k) · (k, n) → (m, n)
 """

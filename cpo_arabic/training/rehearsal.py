@@ -103,12 +103,18 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._sizes:
             return
-        size = int(storage.nbytes() * (self._scale if self._vocabulary in tensor.shape else 1))
+        size = self._size(tensor, storage.nbytes())
         self._sizes[key] = size
         self._live += size
         weakref.finalize(storage, self._release, key)
-        if self._live > self._top:
-            self._top, self._top_gradients = self._live, self._live_gradients
+        self._reached(self._live)
+
+    def _size(self, tensor: Tensor, stored: int) -> int:
+        return int(stored * (self._scale if self._vocabulary in tensor.shape else 1))
+
+    def _reached(self, live: int) -> None:
+        if live > self._top:
+            self._top, self._top_gradients = live, self._live_gradients
 
     def _release(self, key: int) -> None:
         size = self._sizes.pop(key)
@@ -123,8 +129,10 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet in flop_registry:
             self._work += flop_registry[packet](*args, **kwargs, out_val=result)
         elif func.name() == _ONEDNN:
-            rows, features = args[0].shape
-            self._work += 2 * rows * features * len(args[1])
+            left, right = args[:2]
+            self._work += 2 * left.numel() * len(right)
+            if not left.is_contiguous():  # the operator makes a copy that it shows to nobody
+                self._reached(self._live + self._size(left, left.nbytes))
         elif packet is _ATTENTION:
             self._work += sdpa_flop_count(*shapes[:3])  # type: ignore[no-untyped-call]
         elif packet is _ATTENTION_BACKWARD:
