@@ -5,9 +5,9 @@ to which it hands bfloat16, generates its loops for the processor at hand: on an
 AVX-512 it takes 0.45 of MKL's time for the same float32 products, with AVX2 alone 0.87. Its
 operator writes into fresh memory and takes 10 µs a call, so small products stay where they are.
 
-It generates its loops for each shape anew and keeps them, as does PyTorch's layer above it, for the
-last 1,024 shapes: half a MiB a shape, and every batch of text has lengths of its own. So the caches
-are made smaller here; a step has 30 to 40 shapes.
+It generates its loops for each shape anew and keeps them for the last 1,024 shapes, and PyTorch's
+layer above it keeps them once more: half a MiB a shape, and every batch of text has lengths of its
+own. Here one cache holds a step's shapes, which are 30 to 40 and in bfloat16 more; the other, none.
 
 Shapes: (m, k) · (k, n) → (m, n)
 """
@@ -20,10 +20,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-CACHED_SHAPES = "64"
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+CACHED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "1"}
+for _name, _shapes in CACHED_SHAPES.items():
     # read by the libraries at their first product; the user's own value stays
-    os.environ.setdefault(_name, CACHED_SHAPES)  # noqa: TID251
+    os.environ.setdefault(_name, _shapes)  # noqa: TID251
 
 WORTHWHILE = 1 << 21
 """Multiply-adds of the smallest product that oneDNN computes: it takes as long as MKL here."""
