@@ -63,7 +63,7 @@ ESTIMATE_TEXT = """\
 Peak memory of a step over the process before the model was loaded, and its seconds: predicted
 before any weight is read, and then measured (hidden {hidden}, {layers} layers, vocabulary
 {vocabulary}, the demo's rows). The aim is a ratio within {tolerance} of 1; what glibc keeps of
-freed memory comes on top, and under bf16 on a CPU what oneDNN allocates, which no tensor shows.
+freed memory comes on top.
 Weights are mapped from their file; what of them no step has read counts as measured."""
 GOALS_TEXT = """\
 Errors are ours, relative to float64. The last columns are the ratios that ours would have at its
