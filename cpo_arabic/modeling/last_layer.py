@@ -47,14 +47,11 @@ class ReadPositions:
         if self._layout is None:
             return inputs
         states, *others = inputs
-        read = self._layout.read_positions(states.device)
-        return (states.flatten(0, 1).index_select(0, read)[None], *others)
+        return (self._layout.gather_read(states.flatten(0, 1))[None], *others)
 
     def _spread(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         """(1, N, D) → (R, L, D), zero where nothing reads"""
         layout = self._layout
         if layout is None:
             return output
-        read = layout.read_positions(output.device)
-        rows = output.new_zeros(layout.rows * layout.length, output.shape[-1])
-        return rows.index_copy(0, read, output[0]).view(layout.rows, layout.length, -1)
+        return layout.spread_read(output[0]).view(layout.rows, layout.length, -1)

@@ -58,6 +58,15 @@ class TreeLayout:
 
         return self.once(make, "read", device)
 
+    def gather_read(self, flat: Tensor) -> Tensor:
+        """(R·L, …) → (N, …): the positions that are read."""
+        return flat.index_select(0, self.read_positions(flat.device))
+
+    def spread_read(self, read: Tensor) -> Tensor:
+        """(N, …) → (R·L, …), zero where nothing reads."""
+        flat = read.new_zeros(self.rows * self.length, *read.shape[1:])
+        return flat.index_copy(0, self.read_positions(read.device), read)
+
     def sequences(self, device: torch.device, *, only_read: bool) -> Sequences:
         """The layout for variable-length attention of all queries, or of those that are read."""
         make = partial(Sequences.of, self, device, only_read=only_read)

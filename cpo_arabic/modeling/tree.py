@@ -187,9 +187,7 @@ def _in_sequences(
 ) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor]]:
     """Bounds; queries (N, H, d), keys and values (ΣN, H', d); of the last layer what is read."""
     sequences = layout.sequences(q.device, only_read=is_last_layer)
-    queries = _flatten(q)
-    if is_last_layer:
-        queries = queries.index_select(0, layout.read_positions(q.device))
+    queries = layout.gather_read(_flatten(q)) if is_last_layer else _flatten(q)
     keys, values = (_flatten(x)[sequences.key_index] for x in (k, v))
     return sequences, (queries, keys, values)
 
@@ -197,9 +195,7 @@ def _in_sequences(
 def _in_rows(layout: TreeLayout, outputs: Tensor, is_last_layer: bool) -> Tensor:
     """(N, H, d), or with a leading 1, → (R, L, H, d), zero where nothing reads"""
     flat = outputs.reshape(-1, *outputs.shape[-2:])
-    if is_last_layer:
-        rows = flat.new_zeros(layout.rows * layout.length, *flat.shape[1:])
-        flat = rows.index_copy(0, layout.read_positions(flat.device), flat)
+    flat = layout.spread_read(flat) if is_last_layer else flat
     return flat.view(layout.rows, layout.length, *flat.shape[1:])
 
 

@@ -124,6 +124,7 @@ def line(goal: Goal, case: dict[str, Any]) -> Line:
         return Line(goal, note=notes[0] if notes else "not run", floors=floors, **own)
     other = variants[peer]
     both = ours["peak_mib"] is not None and other["peak_mib"]
+    state = case.get("state_mib")
     return Line(
         goal,
         peer=peer,
@@ -131,9 +132,7 @@ def line(goal: Goal, case: dict[str, Any]) -> Line:
         memory=ours["peak_mib"] / other["peak_mib"] if both else None,
         floors=floors,
         speed_at_floor=other[clock] / case["floor_seconds"],
-        memory_at_floor=case["state_mib"] / other["peak_mib"]
-        if both and "state_mib" in case
-        else None,
+        memory_at_floor=state / other["peak_mib"] if both and state is not None else None,
         **own,
     )
 
